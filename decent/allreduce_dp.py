@@ -1,0 +1,27 @@
+"""All-Reduce data parallel training: torch's DDP with the verbs of DecentDP, so that the loop has no branches."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class AllReduceDP(DistributedDataParallel):
+    """All workers hold the same parameters; backward averages their gradients."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        super().__init__(module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+    def mix(self) -> None:
+        """Nothing: the parameters of the workers are equal."""
+
+    def exchange(self) -> None:
+        """Nothing: the gradients have been exchanged in backward."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The module is the mean of all workers' at any time."""
+        return nullcontext()
+
+    def consensus_distance(self) -> float:
+        return 0.0

@@ -1,0 +1,148 @@
+"""Decentralized data parallel training: every worker has its own parameters and averages them with a few neighbours.
+
+    for each step:                     x_i  parameters of worker i
+        loss.backward()                g_i  gradient at x_i
+        model.mix()                    x_i <- sum_j W[i, j] x_j, of the exchange started one step before
+        optimizer.step()               x_i <- x_i + update(g_i)
+        model.exchange()               starts sending x_i; the next forward and backward hide it
+
+No autograd hooks: all parameters are views of one flat buffer per dtype, which an exchange reads between two steps.
+"""
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from decent.exchange import Exchange
+from decent.topology import build_topology
+from decent.world import World
+
+ALIGNMENT_BYTES = 128  # of each parameter in the flat buffer, as kernels with vector loads want it
+
+
+class DecentDP(nn.Module):
+    """Wraps `module` for gossip averaging. All workers start with rank 0's parameters and buffers.
+
+    `mix` and `exchange` are collectives: every worker calls both once in every step, in this order, also when it skips
+    the update. The module's parameters must stay the tensors that they are at construction.
+
+    Raises:
+        ValueError: there is no such topology, or it does not fit the world.
+    """
+
+    def __init__(
+        self, module: nn.Module, topology: str = "alternating-exp-ring", local_world_size: int | None = None
+    ) -> None:
+        super().__init__()
+        local_world_size = local_world_size or World.from_env().local_world_size
+        self.module = module
+        self.topology = build_topology(topology, dist.get_world_size(), local_world_size)
+        self.step = 0  # exchanges started so far
+        self._flat = flatten_parameters_(module, multiple_of=local_world_size)  # one 1-D buffer per dtype
+        self._addresses = [p.data_ptr() for p in module.parameters()]
+        self._statistics = [b for b in module.buffers() if b.is_floating_point()]  # as of batch norm
+        self._exchange = Exchange(self.topology, self._flat)
+        self._pending = False  # an exchange was started and not mixed yet
+        self._inside_averaged = False  # inside averaged()
+        for tensor in [*self._flat, *module.buffers()]:
+            dist.broadcast(tensor, src=0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """For the backward of all micro-batches but the last, as torch's DDP has it; gradients never travel here."""
+        return nullcontext()
+
+    @torch.no_grad()
+    def mix(self) -> None:
+        """x <- W x with the values of the exchange in flight; before the first exchange all workers are equal."""
+        self._check_usable()
+        if self._pending:
+            with record_function("gossip.mix"):
+                self._exchange.wait()
+                for x, average in zip(self._flat, self._exchange.averages, strict=True):
+                    x.copy_(average)
+            self._pending = False
+
+    def exchange(self) -> None:
+        """Starts the averaging of step + 1 and returns at once. Nothing may change a parameter until the next mix."""
+        self._check_usable()
+        if self._pending:
+            raise RuntimeError("exchange() was called twice without mix() between")
+        self.step += 1
+        self._exchange.start(self.step)
+        self._pending = True
+
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """Inside the block the module is the exact mean of all workers' models, the same on each; after it every
+        worker has its own parameters and statistics back, bit by bit, and the exchange in flight keeps its values."""
+        self._check_usable()
+        self._exchange.wait()  # it reads the buffers that change now
+        tensors = [*self._flat, *self._statistics]
+        own = [t.clone() for t in tensors]
+        for t in tensors:
+            _mean_over_workers_(t)
+        self._inside_averaged = True
+        try:
+            yield
+        finally:
+            self._inside_averaged = False
+            with torch.no_grad():
+                for t, saved in zip(tensors, own, strict=True):
+                    t.copy_(saved)
+
+    @torch.no_grad()
+    def consensus_distance(self) -> float:
+        """sqrt(1/n sum_i |x_i - mean|^2), over all parameters (Kong et al. 2021, "Consensus Control for Decentralized
+        Deep Learning"). A collective."""
+        self._check_usable()
+        self._exchange.wait()
+        squares = torch.zeros((), dtype=torch.float64, device=self._flat[0].device)
+        for x in self._flat:
+            mean = x.clone()
+            _mean_over_workers_(mean)
+            squares += torch.linalg.vector_norm(mean.sub_(x), dtype=torch.float64) ** 2
+        _mean_over_workers_(squares)
+        return squares.sqrt().item()
+
+    def _check_usable(self) -> None:
+        if self._inside_averaged:
+            raise RuntimeError("not inside averaged(): the parameters are not this worker's own there")
+        if [p.data_ptr() for p in self.module.parameters()] != self._addresses:
+            raise RuntimeError(
+                "the module's parameters were replaced after it was wrapped, as load_state_dict(assign=True) or "
+                ".to(...) do: do that before, or load without assign"
+            )
+
+
+def flatten_parameters_(module: nn.Module, *, multiple_of: int = 1) -> list[Tensor]:
+    """Makes the parameters views of one zero-padded 1-D buffer per dtype and returns the buffers.
+
+    A buffer's length is divisible by `multiple_of`.
+    """
+    buffers: list[Tensor] = []
+    parameters = list(module.parameters())  # tied ones once
+    for dtype in sorted({p.dtype for p in parameters}, key=str):
+        members = [p for p in parameters if p.dtype == dtype]
+        align = ALIGNMENT_BYTES // dtype.itemsize
+        sizes = [-(-p.numel() // align) * align for p in members]
+        total = -(-sum(sizes) // (align * multiple_of)) * align * multiple_of
+        flat = torch.zeros(total, dtype=dtype, device=members[0].device)
+        for p, place in zip(members, flat[: sum(sizes)].split(sizes), strict=True):
+            view = place[: p.numel()].view(p.shape)
+            view.copy_(p.detach())
+            p.data = view
+        buffers.append(flat)
+    return buffers
+
+
+def _mean_over_workers_(x: Tensor) -> None:
+    dist.all_reduce(x)
+    x.div_(dist.get_world_size())

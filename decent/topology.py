@@ -1,0 +1,127 @@
+"""Who averages parameters with whom at which step: pure schedule data, no torch and no processes.
+
+A topology repeats a list of rounds. In a round every worker averages, with equal weights, over a tuple of ranks that
+contains itself. In all rounds but those of `exp` on a world that is no power of two these tuples are disjoint groups;
+there they form a ring of shifts, in which a worker receives from one rank and sends to another.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Round = tuple[tuple[int, ...], ...]  # entry i: the ranks that worker i averages, sorted, i among them
+
+
+@dataclass(frozen=True)
+class Topology:
+    name: str
+    world_size: int  # n
+    local_world_size: int  # workers per node; rank // local_world_size is the node
+    rounds: tuple[Round, ...]
+
+    @property
+    def period(self) -> int:
+        """Number of rounds, after which the schedule repeats."""
+        return len(self.rounds)
+
+    def group(self, step: int, rank: int) -> tuple[int, ...]:
+        """Ranks whose parameters `rank` averages at `step`, itself included, sorted.
+
+        Raises:
+            ValueError: step is negative.
+        """
+        if step < 0:
+            raise ValueError(f"step = {step} is negative")
+        return self.rounds[step % self.period][rank]
+
+    def matrix(self, step: int) -> NDArray[np.float64]:
+        """Mixing matrix W of `step`, (n, n): row i holds the weights that worker i applies. Doubly stochastic."""
+        w = np.zeros((self.world_size, self.world_size))
+        for rank in range(self.world_size):
+            group = self.group(step, rank)
+            w[rank, list(group)] = 1 / len(group)
+        return w
+
+
+def build_topology(name: str, world_size: int, local_world_size: int) -> Topology:
+    """The topology `name` on world_size workers, local_world_size of them on each node.
+
+    Raises:
+        ValueError: there is no such topology, or it does not fit the world.
+    """
+    if name not in _ROUNDS:
+        raise ValueError(f'train.topology = "{name}" is not one of {", ".join(_ROUNDS)}')
+    if world_size < 1 or local_world_size < 1 or world_size % local_world_size:
+        raise ValueError(f"{world_size} workers cannot be {local_world_size} on every node")
+    return Topology(name, world_size, local_world_size, tuple(_ROUNDS[name](world_size, local_world_size)))
+
+
+def _complete(n: int, _: int) -> list[Round]:
+    return [_groups(n, [tuple(range(n))])]
+
+
+def _ring(n: int, _: int) -> list[Round]:
+    """One-peer ring: edges (s, s+1), (s+2, s+3) ... from s on; a cycle of odd length needs a third round."""
+    starts = [0] if n == 1 else [0, 1] if n % 2 == 0 else [0, 1, -1]
+    return [_groups(n, [((s + 2 * k) % n, (s + 2 * k + 1) % n) for k in range(n // 2)]) for s in starts]
+
+
+def _exp(n: int, _: int) -> list[Round]:
+    """One-peer exponential graph (Ying et al. 2021, "Exponential Graph is Provably Efficient for Decentralized Deep
+    Training"): hops of 1, 2, 4 ... ranks; between pairs when n is a power of two, else one way round."""
+    hops = [2**r for r in range((n - 1).bit_length())]
+    if _is_power_of_two(n):
+        return [_groups(n, [(i, i ^ hop) for i in range(n)]) for hop in hops or [0]]
+    return [tuple(_sorted({i, (i - hop) % n}) for i in range(n)) for hop in hops]
+
+
+def _alternating_exp_ring(n: int, local_world_size: int) -> list[Round]:
+    """Nodes a and a XOR 2^r pair up in round r. Even pairs average inside each node at step 2r and over both nodes at
+    step 2r + 1, odd pairs the other way round: a node sends in every second step, and in every step half of them do."""
+    n_nodes = n // local_world_size
+    if n_nodes < 2 or not _is_power_of_two(n_nodes):
+        raise ValueError(
+            f'train.topology = "alternating-exp-ring" needs a power of two of nodes, at least 2; this run has '
+            f"{n_nodes} {'node' if n_nodes == 1 else 'nodes'} x {local_world_size} workers: "
+            f'use "exp", "ring" or "complete"'
+        )
+    nodes = [tuple(range(a * local_world_size, (a + 1) * local_world_size)) for a in range(n_nodes)]
+    hops = [2**r for r in range(n_nodes.bit_length() - 1)]
+    pairs = [[(a, a ^ hop) for a in range(n_nodes) if a < a ^ hop] for hop in hops]
+    rounds: list[Round] = []
+    for r, pairs_of_round in enumerate(pairs):
+        first = r * len(pairs_of_round)  # pairs are counted through all rounds
+        for half in (0, 1):
+            groups: list[tuple[int, ...]] = []
+            for number, (a, b) in enumerate(pairs_of_round, start=first):
+                inside = number % 2 == half
+                groups += [nodes[a], nodes[b]] if inside else [nodes[a] + nodes[b]]
+            rounds.append(_groups(n, groups))
+    return rounds
+
+
+_ROUNDS: dict[str, Callable[[int, int], list[Round]]] = {
+    "complete": _complete,
+    "exp": _exp,
+    "ring": _ring,
+    "alternating-exp-ring": _alternating_exp_ring,
+}
+
+
+def _groups(n: int, groups: list[tuple[int, ...]]) -> Round:
+    """The round of these groups; who is in none keeps its own parameters."""
+    of_rank: list[tuple[int, ...]] = [(i,) for i in range(n)]
+    for group in map(_sorted, groups):
+        for rank in group:
+            of_rank[rank] = group
+    return tuple(of_rank)
+
+
+def _sorted(ranks: tuple[int, ...] | set[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(ranks)))
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0

@@ -1,0 +1,116 @@
+"""Where this process stands among the workers, and what they decide together. The only reader of os.environ."""
+
+import os
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class SetupError(ValueError):
+    """A user's mistake that every worker knows of by now; the message is one line."""
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    world_size: int
+    local_rank: int  # among the workers of this node
+    local_world_size: int
+    device: torch.device
+    job_id: str | None = None  # SLURM's; it survives a requeue
+
+    @classmethod
+    def from_env(cls) -> "World":
+        """What torchrun put into the environment; a plain `python train.py` is a world of one.
+
+        Raises:
+            ValueError: a node has more workers than GPUs.
+        """
+        env = os.environ
+        local_rank = int(env.get("LOCAL_RANK", "0"))
+        local_world_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
+        device = torch.device("cpu")
+        # Ask torch, not CUDA_VISIBLE_DEVICES: SLURM sets that one on machines without a GPU too.
+        if torch.cuda.is_available():
+            n_gpus = torch.cuda.device_count()
+            if local_world_size > n_gpus:
+                raise ValueError(f"{local_world_size} workers on a node with {n_gpus} GPUs: lower --nproc_per_node")
+            device = torch.device("cuda", local_rank)
+        return cls(
+            rank=int(env.get("RANK", "0")),
+            world_size=int(env.get("WORLD_SIZE", "1")),
+            local_rank=local_rank,
+            local_world_size=local_world_size,
+            device=device,
+            job_id=env.get("SLURM_JOB_ID"),
+        )
+
+    @contextmanager
+    def connected(self) -> Generator[None]:
+        """The process group, nccl on GPUs and gloo on CPUs, for as long as the block runs."""
+        # A world of one needs no rendezvous, and then neither ports nor host names can be in its way.
+        store = dist.HashStore() if self.world_size == 1 else None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            dist.init_process_group(
+                "nccl", store=store, rank=self.rank, world_size=self.world_size, device_id=self.device
+            )
+        else:
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world_size)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def gather(self, value: T, error: str | None = None) -> list[T]:
+        """Every worker's value, by rank. A collective.
+
+        Raises:
+            SetupError: on all workers, when one or more brought an error instead.
+        """
+        answers: list[tuple[T, str | None, str]] = [(value, error, "")] * self.world_size
+        dist.all_gather_object(answers, (value, error, socket.gethostname()))
+        errors = {rank: error for rank, (_, error, _) in enumerate(answers) if error is not None}
+        if errors:
+            rank, message = next(iter(errors.items()))
+            everywhere = len(errors) == self.world_size and len(set(errors.values())) == 1
+            raise SetupError(message if everywhere else f"rank {rank} on {answers[rank][2]}: {message}")
+        return [value for value, _, _ in answers]
+
+    @contextmanager
+    def failing_together(self) -> Generator[None]:
+        """A block in which a ValueError or OSError of one worker becomes a SetupError of all: none is left waiting.
+
+        Collectives inside the block must be `gather` or made of it: a worker that fails answers the others' next one.
+        """
+        try:
+            yield
+        except SetupError:  # came out of a gather: all have it
+            raise
+        except (ValueError, OSError) as error:
+            self.gather(None, error=str(error))
+        else:
+            self.gather(None)
+
+    def share_on_node(self, value: T) -> T:
+        """The value that local rank 0 of this node passed. A collective of all workers."""
+        return self.gather(value)[self.rank - self.local_rank]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the workers, elementwise. A collective."""
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / self.world_size
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was given, so that clocks can be read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,383 @@
+"""DecentDP in real gloo processes against the dense simulation in one process, and what its users rely on."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from workers import WorkerError, run_workers
+
+from decent import DecentDP, World, build_topology
+from decent.exchange import plan_groups, plan_route
+from decent.simulate import mean_parameters, simulate
+from optim import AccumAdamW
+
+pytestmark = pytest.mark.dist
+
+N_STEPS, N_MICRO_BATCHES, CLIP, EVALUATE_AT = 14, 2, 0.5, 5
+WORLDS = [(1, 1), (2, 2), (2, 1), (3, 3), (4, 4), (4, 2), (6, 2), (8, 4), (8, 2)]  # (n, workers per node)
+
+
+class Net(nn.Module):
+    """Small, with tied weights, and sizes that leave gaps between aligned parameters."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table = nn.Embedding(11, 7)
+        self.hidden = nn.Linear(7, 7)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return torch.tanh(self.hidden(self.table(idx))) @ self.table.weight.T
+
+
+def backward(module: nn.Module, rank: int, step: int) -> None:
+    """Adds the worker's own gradient of the step, in micro-batches."""
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    for _ in range(N_MICRO_BATCHES):
+        idx = torch.randint(11, (5, 3), generator=generator)
+        loss = nn.functional.cross_entropy(module(idx).flatten(0, 1), idx.roll(1, 0).flatten())
+        (loss / N_MICRO_BATCHES).backward()
+
+
+def make_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
+    if name == "accumadamw":
+        return AccumAdamW(module.parameters(), lr=1e-2, accum_steps=3)
+    return torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def parameters_of(module: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def train(topology: str, optimizer_name: str, evaluate_at: int | None) -> dict[str, Any]:
+    world = World.from_env()
+    module = Net(seed=world.rank)  # DecentDP has to make them equal
+    model = DecentDP(module, topology)
+    optimizer = make_optimizer(optimizer_name, module)
+    seen: dict[str, Any] = {"initial": parameters_of(module)}
+    for step in range(N_STEPS):
+        optimizer.zero_grad()
+        backward(model, world.rank, step)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        model.mix()
+        optimizer.step()
+        model.exchange()
+        if step == evaluate_at:
+            own = parameters_of(module)
+            seen["consensus_distance"] = model.consensus_distance()
+            with model.averaged():
+                seen["mean"] = parameters_of(module)
+            assert all(torch.equal(a, b) for a, b in zip(own, module.parameters(), strict=True))
+    seen["final"] = parameters_of(module)
+    return seen
+
+
+def train_all(cases: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [train(topology, optimizer, EVALUATE_AT) for topology, optimizer in cases]
+
+
+def cases_of(world: tuple[int, int]) -> list[tuple[str, str]]:
+    n, local = world
+    names = ["complete", "exp", "ring"]
+    if n // local in (2, 4, 8):
+        names.append("alternating-exp-ring")
+    return [(name, "accumadamw") for name in names] + [("exp", "adamw")]
+
+
+@functools.cache
+def processes(world: tuple[int, int]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """What each rank saw, by case: one launch of n processes serves all cases of a world."""
+    by_rank = run_workers(world[0], train_all, cases_of(world), local_world_size=world[1])
+    return {case: [ranks[i] for ranks in by_rank] for i, case in enumerate(cases_of(world))}
+
+
+@functools.cache
+def dense(world: tuple[int, int], topology: str, optimizer_name: str, n_steps: int) -> list[nn.Module]:
+    modules: list[nn.Module] = [Net(seed=0) for _ in range(world[0])]
+    optimizers = [make_optimizer(optimizer_name, module) for module in modules]
+    w = build_topology(topology, *world)
+    simulate(modules, optimizers, w, backward, n_steps=n_steps, grad_norm_clip=CLIP)
+    return modules
+
+
+ALL = [(world, *case) for world in WORLDS for case in cases_of(world)]
+
+
+@pytest.mark.parametrize(("world", "topology", "optimizer"), ALL)
+def test_processes_reach_the_parameters_of_the_dense_simulation(
+    world: tuple[int, int], topology: str, optimizer: str
+) -> None:
+    modules = dense(world, topology, optimizer, N_STEPS)
+    for rank, seen in enumerate(processes(world)[topology, optimizer]):
+        for found, wanted in zip(seen["final"], modules[rank].parameters(), strict=True):
+            torch.testing.assert_close(found, wanted.detach(), atol=1e-6, rtol=0)
+        assert not all(map(torch.equal, seen["final"], seen["initial"]))
+
+
+@pytest.mark.parametrize(("world", "topology", "optimizer"), ALL)
+def test_averaged_holds_the_mean_of_all_workers_and_the_same_bits_on_each(
+    world: tuple[int, int], topology: str, optimizer: str
+) -> None:
+    modules = dense(world, topology, optimizer, EVALUATE_AT + 1)
+    mean = mean_parameters(modules)
+    squares = [
+        sum(((p.double() - m) ** 2).sum() for p, m in zip(module.parameters(), mean, strict=True)) for module in modules
+    ]
+    distance = torch.stack([torch.as_tensor(s) for s in squares]).mean().sqrt().item()
+    ranks = processes(world)[topology, optimizer]
+    for seen in ranks:
+        assert all(map(torch.equal, seen["mean"], ranks[0]["mean"]))
+        for found, wanted in zip(seen["mean"], mean, strict=True):
+            torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
+        assert seen["consensus_distance"] == pytest.approx(distance, abs=1e-5)
+
+
+def test_workers_start_equal_with_rank_0s_parameters() -> None:
+    for seen in processes((4, 2))["exp", "adamw"]:
+        assert all(map(torch.equal, seen["initial"], [p.detach() for p in Net(seed=0).parameters()]))
+
+
+def final_with_and_without_evaluation() -> bool:
+    runs = [train("alternating-exp-ring", "accumadamw", evaluate_at) for evaluate_at in (None, 3)]
+    return all(map(torch.equal, runs[0]["final"], runs[1]["final"]))
+
+
+def test_evaluation_does_not_change_a_bit_of_training() -> None:
+    assert all(run_workers(4, final_with_and_without_evaluation, local_world_size=2))
+
+
+# What goes wrong in other wrappers of this kind ---------------------------------------------------------------------
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: int) -> None:
+    backward(model, rank, step)
+    model.mix()  # type: ignore[operator]
+    optimizer.step()
+    model.exchange()  # type: ignore[operator]
+
+
+def first_update_after_zero_grad() -> bool:
+    module = Net(0)
+    model = DecentDP(module, "exp")
+    optimizer = make_optimizer("accumadamw", module)
+    before = parameters_of(module)
+    optimizer.zero_grad()
+    one_step(model, optimizer, 0, 0)
+    return all(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_the_first_gradient_moves_the_parameters() -> None:
+    assert all(run_workers(2, first_update_after_zero_grad))
+
+
+def forward_without_backward_on_rank_0() -> list[Tensor]:
+    rank = World.from_env().rank
+    module = Net(0)
+    model = DecentDP(module, "ring")
+    optimizer = make_optimizer("adamw", module)
+    for step in range(4):
+        optimizer.zero_grad()
+        if rank == 0:
+            model(torch.zeros(1, 1, dtype=torch.long))
+        one_step(model, optimizer, rank, step)
+    return parameters_of(module)
+
+
+def test_a_forward_without_backward_does_not_shift_the_topology() -> None:
+    modules: list[nn.Module] = [Net(0) for _ in range(4)]
+    optimizers = [make_optimizer("adamw", module) for module in modules]
+    simulate(modules, optimizers, build_topology("ring", 4, 4), backward, n_steps=4)
+    for found, module in zip(run_workers(4, forward_without_backward_on_rank_0), modules, strict=True):
+        for a, b in zip(found, module.parameters(), strict=True):
+            torch.testing.assert_close(a, b.detach(), atol=1e-6, rtol=0)
+
+
+class LateLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.use_late = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.late(self.early(x)) if self.use_late else self.early(x)
+
+
+def parameter_unused_in_the_first_step() -> Tensor:
+    rank = World.from_env().rank
+    module = LateLayer()
+    model = DecentDP(module, "complete")
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    with torch.no_grad():
+        module.late.weight.fill_(1.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        module.use_late = step > 0
+        model(torch.full((1, 3), 1.0 + rank)).sum().backward()
+        model.mix()
+        optimizer.step()
+        model.exchange()
+    model.mix()
+    return module.late.weight.detach().clone()
+
+
+def test_a_parameter_unused_in_the_first_step_is_trained_and_mixed_later() -> None:
+    first, second = run_workers(2, parameter_unused_in_the_first_step)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, torch.ones(3, 3))
+
+
+def averaged_before_the_first_step() -> bool:
+    module = Net(World.from_env().rank)
+    model = DecentDP(module, "exp")
+    own = parameters_of(module)
+    with model.averaged():
+        inside = parameters_of(module)
+    return all(torch.allclose(a, b) for a, b in zip(own, inside, strict=True)) and model.consensus_distance() < 1e-6
+
+
+def test_evaluation_before_the_first_step_is_legal() -> None:
+    assert all(run_workers(2, averaged_before_the_first_step))
+
+
+def compiled_wrapper() -> list[list[Tensor]]:
+    found = []
+    for compile_it in (False, True):
+        module = Net(0)
+        model: Any = DecentDP(module, "exp")
+        if compile_it:
+            model = torch.compile(model, backend="aot_eager")
+        optimizer = make_optimizer("adamw", module)
+        for step in range(3):
+            optimizer.zero_grad()
+            one_step(model, optimizer, World.from_env().rank, step)
+        found.append(parameters_of(module))
+    return found
+
+
+def test_compiling_the_wrapper_changes_nothing() -> None:
+    for plain, compiled in run_workers(2, compiled_wrapper):
+        for a, b in zip(plain, compiled, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def batch_norm_statistics() -> dict[str, Tensor]:
+    rank = World.from_env().rank
+    module = nn.BatchNorm1d(2)
+    module.running_mean.fill_(rank)  # type: ignore[union-attr]
+    model = DecentDP(module, "exp")
+    seen = {"start": module.running_mean.clone()}  # type: ignore[union-attr]
+    model(torch.full((4, 2), float(rank)))
+    seen["own"] = module.running_mean.clone()  # type: ignore[union-attr]
+    with model.averaged():
+        seen["mean"] = module.running_mean.clone()  # type: ignore[union-attr]
+    seen["after"] = module.running_mean.clone()  # type: ignore[union-attr]
+    return seen
+
+
+def test_statistics_start_equal_are_averaged_for_evaluation_and_restored() -> None:
+    for rank, seen in enumerate(run_workers(2, batch_norm_statistics)):
+        assert torch.equal(seen["start"], torch.zeros(2))
+        torch.testing.assert_close(seen["own"], torch.full((2,), 0.1 * rank))
+        torch.testing.assert_close(seen["mean"], torch.full((2,), 0.05))
+        assert torch.equal(seen["after"], seen["own"])
+
+
+def mixed_dtypes() -> list[Tensor]:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).to(torch.bfloat16))
+    model = DecentDP(module, "complete")
+    for p in module.parameters():
+        p.data.fill_(World.from_env().rank)
+    model.exchange()
+    model.mix()
+    return parameters_of(module)
+
+
+def test_parameters_of_two_dtypes_keep_their_dtypes_and_mix() -> None:
+    for found in run_workers(2, mixed_dtypes):
+        assert [p.dtype for p in found] == [torch.float32] * 2 + [torch.bfloat16] * 2
+        assert all((p == 0.5).all() for p in found)
+
+
+def misuse(kind: str) -> str:
+    module = Net(0)
+    model = DecentDP(module, "exp")
+    try:
+        if kind == "assign":
+            module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()}, assign=True)
+            model.mix()
+        elif kind == "twice":
+            model.exchange()
+            model.exchange()
+        elif kind == "inside":
+            with model.averaged():
+                model.mix()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was noticed"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("assign", "were replaced"), ("twice", "called twice"), ("inside", "not inside averaged()")]
+)
+def test_misuse_is_refused_in_words(kind: str, message: str) -> None:
+    (text,) = run_workers(1, misuse, kind)
+    assert message in text
+
+
+# The plan: pure ------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_over_two_nodes_are_carried_by_shards() -> None:
+    route = plan_route(build_topology("alternating-exp-ring", 8, 4), 1, 5)
+    assert (route.kind, route.node, route.counterparts) == ("two_nodes", (4, 5, 6, 7), (1, 5))
+
+
+def test_directed_rounds_are_shifts_and_lonely_workers_stay() -> None:
+    route = plan_route(build_topology("exp", 6, 6), 1, 0)
+    assert (route.kind, route.receive_from, route.send_to) == ("shift", 4, 2)
+    assert plan_route(build_topology("ring", 3, 3), 0, 2).kind == "stay"
+
+
+def test_groups_of_two_exist_only_where_pairs_go_by_all_reduce() -> None:
+    topology = build_topology("exp", 8, 4)
+    assert len(plan_groups(topology, pairs=True)) == 12
+    assert plan_groups(topology, pairs=False) == []
+
+
+def test_groups_are_planned_in_sorted_order_without_repetition() -> None:
+    groups = plan_groups(build_topology("alternating-exp-ring", 16, 4), pairs=True)
+    assert groups == sorted(set(groups))
+    assert {len(group) for group in groups} == {2, 4}
+
+
+# The harness ---------------------------------------------------------------------------------------------------------
+
+
+def fail_on_rank_1() -> None:
+    if World.from_env().rank == 1:
+        raise KeyError("on purpose")
+
+
+def test_a_failing_worker_fails_the_test() -> None:
+    with pytest.raises(WorkerError, match=r"rank 1: (.|\n)*on purpose"):
+        run_workers(2, fail_on_rank_1)
+
+
+def gather_with_an_error_on_rank_1() -> str:
+    world = World.from_env()
+    try:
+        with world.failing_together():
+            if world.rank == 1:
+                raise ValueError("no such thing")
+            world.share_on_node("something")
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_the_mistake_of_one_worker_ends_all_with_its_message() -> None:
+    for message in run_workers(3, gather_with_an_error_on_rank_1):
+        assert message.startswith("rank 1 on ")
+        assert message.endswith(": no such thing")

@@ -1,0 +1,161 @@
+"""The laws of the schedules, for every topology and world that the text allows."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from decent.topology import Topology, build_topology
+
+
+@st.composite
+def topologies(draw: st.DrawFn) -> Topology:
+    name = draw(st.sampled_from(["complete", "exp", "ring", "alternating-exp-ring"]))
+    local = draw(st.integers(1, 5))
+    nodes = draw(st.sampled_from([2, 4, 8, 16]) if name == "alternating-exp-ring" else st.integers(1, 8))
+    return build_topology(name, nodes * local, local)
+
+
+@given(topologies(), st.integers(0, 100))
+def test_every_mixing_matrix_is_doubly_stochastic(topology: Topology, step: int) -> None:
+    w = topology.matrix(step)
+    assert w.shape == (topology.world_size, topology.world_size)
+    assert (w >= 0).all()
+    np.testing.assert_allclose(w.sum(axis=0), 1, atol=1e-12)
+    np.testing.assert_allclose(w.sum(axis=1), 1, atol=1e-12)
+
+
+@given(topologies(), st.integers(0, 100))
+def test_every_worker_averages_itself_with_known_ranks_once(topology: Topology, step: int) -> None:
+    for rank in range(topology.world_size):
+        group = topology.group(step, rank)
+        assert rank in group
+        assert list(group) == sorted(set(group))
+        assert set(group) <= set(range(topology.world_size))
+
+
+def is_directed(topology: Topology) -> bool:
+    return topology.name == "exp" and topology.world_size & (topology.world_size - 1) != 0
+
+
+@given(topologies(), st.integers(0, 100))
+def test_rounds_are_disjoint_groups_unless_directed(topology: Topology, step: int) -> None:
+    if is_directed(topology):
+        return
+    groups = {topology.group(step, rank) for rank in range(topology.world_size)}
+    assert sorted(rank for group in groups for rank in group) == list(range(topology.world_size))
+    np.testing.assert_array_equal(topology.matrix(step), topology.matrix(step).T)
+
+
+@given(topologies(), st.integers(0, 50))
+def test_schedule_repeats_after_its_period(topology: Topology, step: int) -> None:
+    np.testing.assert_array_equal(topology.matrix(step), topology.matrix(step + topology.period))
+
+
+def product_of_period(topology: Topology, first: int = 0) -> np.ndarray:
+    w = np.eye(topology.world_size)
+    for step in range(first, first + topology.period):
+        w = topology.matrix(step) @ w
+    return w
+
+
+@given(topologies(), st.integers(0, 20))
+def test_exact_mean_after_the_period(topology: Topology, first: int) -> None:
+    exact = {
+        "complete": True,
+        "exp": not is_directed(topology),
+        "ring": topology.world_size <= 2,
+        "alternating-exp-ring": first % topology.period == 0,
+    }[topology.name]
+    if exact:
+        np.testing.assert_allclose(product_of_period(topology, first), 1 / topology.world_size, atol=1e-12)
+
+
+@given(topologies())
+def test_workers_reach_consensus_in_the_long_run(topology: Topology) -> None:
+    w = product_of_period(topology)
+    deviation = np.linalg.matrix_power(w, 400) - 1 / topology.world_size
+    assert np.abs(deviation).max() < 1e-3
+
+
+@pytest.mark.parametrize(("n", "period"), [(1, 1), (2, 1), (8, 3), (16, 4), (3, 2), (6, 3), (1024, 10)])
+def test_exp_has_ceil_log2_n_rounds(n: int, period: int) -> None:
+    assert build_topology("exp", n, 1).period == period
+
+
+def test_exp_on_six_workers_receives_from_hops_of_one_two_four() -> None:
+    topology = build_topology("exp", 6, 2)
+    assert [topology.group(step, 0) for step in range(3)] == [(0, 5), (0, 4), (0, 2)]
+    assert topology.matrix(0)[0, 5] == topology.matrix(0)[1, 0] == 0.5
+    assert topology.matrix(0)[5, 0] == 0
+
+
+def test_even_ring_alternates_between_both_neighbours() -> None:
+    topology = build_topology("ring", 6, 1)
+    assert sorted(set(topology.rounds[0])) == [(0, 1), (2, 3), (4, 5)]
+    assert sorted(set(topology.rounds[1])) == [(0, 5), (1, 2), (3, 4)]
+
+
+@given(st.integers(1, 20))
+def test_odd_ring_leaves_one_worker_alone_in_each_of_three_rounds_and_uses_every_edge(half: int) -> None:
+    n = 2 * half + 1
+    topology = build_topology("ring", n, 1)
+    assert topology.period == 3
+    for step in range(3):
+        assert sum(len(topology.group(step, rank)) == 1 for rank in range(n)) == 1
+    edges = {group for round_ in topology.rounds for group in round_ if len(group) == 2}
+    assert edges == {tuple(sorted((i, (i + 1) % n))) for i in range(n)}
+
+
+def test_alternating_exp_ring_on_four_nodes_of_four_is_the_published_schedule() -> None:
+    topology = build_topology("alternating-exp-ring", 16, 4)
+
+    def ranks(*nodes: int) -> tuple[int, ...]:
+        return tuple(rank for node in nodes for rank in range(4 * node, 4 * node + 4))
+
+    assert [set(round_) for round_ in topology.rounds] == [
+        {ranks(0), ranks(1), ranks(2, 3)},
+        {ranks(0, 1), ranks(2), ranks(3)},
+        {ranks(0), ranks(2), ranks(1, 3)},
+        {ranks(0, 2), ranks(1), ranks(3)},
+    ]
+
+
+@given(st.sampled_from([2, 4, 8, 16, 32]), st.integers(1, 4))
+def test_alternating_exp_ring_sends_from_a_node_in_every_second_step_and_from_half_of_the_pairs(
+    n_nodes: int, local: int
+) -> None:
+    topology = build_topology("alternating-exp-ring", n_nodes * local, local)
+    assert topology.period == 2 * (n_nodes.bit_length() - 1)
+    for step in range(0, topology.period, 2):
+        sending = [
+            [len(topology.group(step + half, node * local)) == 2 * local for node in range(n_nodes)] for half in (0, 1)
+        ]
+        assert all(first != second for first, second in zip(*sending, strict=True))
+        n_pairs = n_nodes // 2
+        assert abs(sum(sending[0]) / 2 - n_pairs / 2) <= 0.5  # one pair is one or none
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "local", "message"),
+    [
+        ("star", 4, 1, '"star" is not one of complete, exp, ring, alternating-exp-ring'),
+        ("alternating-exp-ring", 4, 4, '1 node x 4 workers: use "exp", "ring" or "complete"'),
+        ("alternating-exp-ring", 6, 2, "needs a power of two of nodes, at least 2; this run has 3 nodes x 2 workers"),
+        ("exp", 6, 4, "6 workers cannot be 4 on every node"),
+        ("exp", 0, 1, "0 workers"),
+    ],
+)
+def test_what_does_not_fit_is_named(name: str, n: int, local: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_topology(name, n, local)
+
+
+def test_negative_step_is_an_error() -> None:
+    with pytest.raises(ValueError, match="step = -1"):
+        build_topology("ring", 4, 1).group(-1, 0)
+
+
+@pytest.mark.parametrize("name", ["exp", "ring", "alternating-exp-ring", "complete"])
+def test_a_thousand_workers_are_planned_quickly(name: str) -> None:
+    assert len(build_topology(name, 1024, 4).group(5, 1000)) >= 2
