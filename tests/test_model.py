@@ -1,0 +1,273 @@
+"""GPT: its logits, names and initialisation against GPT-2's, the loss and its gradients, and sampling."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from config import ModelConfig
+from model import GPT
+
+CONTEXT = 12
+TINY = ModelConfig(n_layers=3, n_heads=2, n_embd=16, vocab_size=50, bias=True)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face stores (in, out)
+
+
+def tiny(seed: int = 0, **changes: object) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(TINY.model_copy(update=changes), CONTEXT)
+
+
+def tokens(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(TINY.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(model: GPT, idx: Tensor) -> Tensor:
+    logits, loss = model(idx)
+    assert loss is None
+    return logits
+
+
+@pytest.fixture(scope="module")
+def reference() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    cfg = GPT2Config(
+        vocab_size=TINY.vocab_size,
+        n_positions=CONTEXT,
+        n_embd=TINY.n_embd,
+        n_layer=TINY.n_layers,
+        n_head=TINY.n_heads,
+        initializer_range=0.2,  # ten times GPT-2's, so that attention and GELU matter
+    )
+    model = GPT2LMHeadModel(cfg).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def with_weights_of(reference: GPT2LMHeadModel) -> GPT:
+    weights = {name: p.detach().clone() for name, p in reference.transformer.named_parameters()}
+    model = tiny().eval()
+    model.load_state_dict({name: p.T if name.endswith(TRANSPOSED) else p for name, p in weights.items()})
+    return model
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, CONTEXT])
+def test_logits_equal_hugging_faces_gpt2(reference: GPT2LMHeadModel, T: int) -> None:
+    idx = tokens(3, T)
+    expected = reference(idx).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits_of(with_weights_of(reference), idx), expected, rtol=0, atol=1e-5)
+
+
+def test_loss_and_gradients_equal_hugging_faces_gpt2(reference: GPT2LMHeadModel) -> None:
+    model = with_weights_of(reference)
+    idx = tokens(3, CONTEXT)
+    _, loss = model(idx[:, :-1], idx[:, 1:].contiguous())
+    expected = reference(idx, labels=idx).loss
+    torch.testing.assert_close(loss, expected)
+    reference.zero_grad()
+    loss.backward()
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for name, p in reference.transformer.named_parameters():
+        assert p.grad is not None
+        grad = p.grad.T if name.endswith(TRANSPOSED) else p.grad
+        torch.testing.assert_close(gradients[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_parameters_have_gpt2s_names_and_no_second_output_layer(reference: GPT2LMHeadModel) -> None:
+    names = [name for name, _ in reference.transformer.named_parameters()]
+    assert list(tiny().state_dict()) == names
+
+
+def test_without_bias_only_weights_remain() -> None:
+    with_bias, without = tiny().state_dict(), tiny(bias=False).state_dict()
+    assert list(without) == [name for name in with_bias if not name.endswith("bias")]
+
+
+def test_gpt2_small_has_its_published_number_of_parameters() -> None:
+    with torch.device("meta"):
+        model = GPT(ModelConfig(vocab_size=50257, bias=True), 1024)
+    assert model.num_params(non_embedding=False) == 124_439_808
+    assert model.num_params() == 124_439_808 - 1024 * 768
+
+
+def test_flops_per_token_of_gpt2_small() -> None:
+    # N = 50304*768 + 12 * (12 * 768^2 + 2*768) + 768 = 123,587,328;  6 N + 12 * 12 * 768 * 1024
+    with torch.device("meta"):
+        model = GPT(ModelConfig(), 1024)
+    assert model.flops_per_token() == 6 * 123_587_328 + 12 * 12 * 12 * 64 * 1024
+
+
+def test_initialisation_is_gpt2s() -> None:
+    torch.manual_seed(0)
+    n_layers = 8
+    model = GPT(ModelConfig(n_layers=n_layers, n_heads=2, n_embd=128, vocab_size=500, bias=True), 64)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any()
+        elif "ln_" in name:
+            assert (p == 1).all()
+        else:
+            std = 0.02 / math.sqrt(2 * n_layers) if "c_proj" in name else 0.02
+            # the standard deviation of n samples is known to 1/sqrt(2n), the mean to std/sqrt(n): five sigma
+            assert p.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * p.numel()))
+            assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel())
+
+
+def test_loss_at_the_start_is_ln_of_the_vocabulary() -> None:
+    _, loss = tiny()(tokens(8, CONTEXT), tokens(8, CONTEXT, seed=2))
+    assert loss.item() == pytest.approx(math.log(TINY.vocab_size), abs=0.05)
+
+
+def test_loss_is_the_mean_of_minus_log_softmax(reference: GPT2LMHeadModel) -> None:
+    model = with_weights_of(reference)
+    idx, targets = tokens(3, 5), tokens(3, 5, seed=2)
+    logits, loss = model(idx, targets)
+    assert logits is None
+    log_p = logits_of(model, idx).detach().double().log_softmax(dim=-1)
+    expected = -sum(log_p[b, t, targets[b, t]] for b in range(3) for t in range(5)) / 15
+    assert loss.item() == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_micro_batches_and_loss_scaling_leave_the_gradient(scale: float) -> None:
+    idx, targets = tokens(4, CONTEXT), tokens(4, CONTEXT, seed=2)
+    whole, split = tiny(), tiny()
+    whole(idx, targets)[1].backward()
+    for rows in (slice(0, 2), slice(2, 4)):
+        (split(idx[rows], targets[rows])[1] / 2 * scale).backward()
+    for a, b in zip(whole.parameters(), split.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(b.grad / scale, a.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_the_embedding_gets_the_gradients_of_input_and_output() -> None:
+    # The output layer touches every row of wte, the input only the rows of tokens that occur.
+    model = tiny()
+    idx = torch.zeros(1, 3, dtype=torch.int64)
+    model(idx, idx + 1)[1].backward()
+    whole = model.wte.weight.grad
+    assert whole is not None
+    x = model._hidden(idx).detach()
+    weight = model.wte.weight.detach().clone().requires_grad_()
+    F.cross_entropy(F.linear(x, weight)[0], idx[0] + 1).backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(whole[1:], weight.grad[1:])
+    assert (whole[0] - weight.grad[0]).norm() > 0.01 * whole[0].norm()
+
+
+@given(T=st.integers(2, CONTEXT), data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_a_later_token_never_changes_earlier_logits(T: int, data: st.DataObject) -> None:
+    changed = data.draw(st.integers(1, T - 1))
+    model = tiny().eval()
+    idx = tokens(2, T)
+    other = idx.clone()
+    other[:, changed] = (other[:, changed] + 1) % TINY.vocab_size
+    before, after = logits_of(model, idx), logits_of(model, other)
+    torch.testing.assert_close(before[:, :changed], after[:, :changed], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(before[:, changed], after[:, changed])
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = tiny(dropout=0.5)
+    idx = tokens(2, 4)
+    assert not torch.equal(logits_of(model, idx), logits_of(model, idx))
+    torch.testing.assert_close(logits_of(model.eval(), idx), logits_of(tiny(), idx))
+
+
+def test_parameters_may_be_views_of_one_buffer() -> None:
+    plain, viewed = tiny(), tiny()
+    flat = torch.cat([p.detach().flatten() for p in viewed.parameters()])
+    chunks = flat.split([p.numel() for p in viewed.parameters()])
+    for p, chunk in zip(viewed.parameters(), chunks, strict=True):
+        p.data = chunk.view_as(p)
+    idx = tokens(2, 4)
+    assert torch.equal(logits_of(plain, idx), logits_of(viewed, idx))
+    flat.zero_()
+    assert not logits_of(viewed, idx).any()
+
+
+def test_a_sequence_above_the_context_is_an_error() -> None:
+    with pytest.raises(ValueError, match="13 tokens does not fit context_length = 12"):
+        tiny()(tokens(1, CONTEXT + 1))
+
+
+def test_compiled_in_place_it_has_the_same_names_loss_and_gradients() -> None:
+    idx, targets = tokens(2, 4), tokens(2, 4, seed=2)
+    eager, compiled = tiny(), tiny()
+    compiled.compile(backend="aot_eager")  # traces forward and backward, without a compiler
+    assert list(compiled.state_dict()) == list(eager.state_dict())
+    losses = [model(idx, targets)[1] for model in (eager, compiled)]
+    torch.testing.assert_close(losses[0], losses[1])
+    for loss in losses:
+        loss.backward()
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_greedy_takes_the_most_likely_token_of_the_last_position(top_k: int | None) -> None:
+    model = tiny().eval()
+    idx = tokens(2, 3)
+    out = model.generate(idx, 5, temperature=0.0 if top_k is None else 1.0, top_k=top_k)
+    for _ in range(5):
+        idx = torch.cat([idx, logits_of(model, idx)[:, -1:].argmax(dim=-1)], dim=1)
+    assert torch.equal(out, idx)
+
+
+def test_generation_sees_the_last_tokens_of_the_context_only() -> None:
+    model = tiny().eval()
+    long = tokens(1, CONTEXT + 4)
+    out = model.generate(long, CONTEXT, temperature=0.0)
+    assert out.shape == (1, 2 * CONTEXT + 4)
+    assert torch.equal(out[:, : CONTEXT + 4], long)
+    assert torch.equal(out[:, 4:], model.generate(long[:, 4:], CONTEXT, temperature=0.0))
+
+
+def test_the_generator_decides_what_is_sampled() -> None:
+    model = tiny().eval()
+    idx = tokens(2, 3)
+    a, b, c = (model.generate(idx, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+@given(vocab_size=st.integers(1, 60), top_k=st.integers(1, 60), seed=st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_only_the_k_most_likely_ids_below_vocab_size_are_sampled(vocab_size: int, top_k: int, seed: int) -> None:
+    model = tiny().eval()
+    idx = tokens(4, 3)
+    generator = torch.Generator().manual_seed(seed)
+    new = model.generate(idx, 1, temperature=5.0, top_k=top_k, vocab_size=vocab_size, generator=generator)[:, -1:]
+    allowed = logits_of(model, idx)[:, -1, :vocab_size]
+    allowed = allowed.topk(min(top_k, allowed.shape[-1])).indices
+    assert (allowed == new).any(dim=-1).all()
+
+
+def test_samples_follow_the_softmax_at_the_temperature() -> None:
+    model = tiny(vocab_size=3).eval()
+    with torch.no_grad():
+        model.wte.weight.mul_(20)  # far from uniform
+    idx = torch.zeros(20_000, 1, dtype=torch.int64)
+    new = model.generate(idx, 1, temperature=2.0, generator=torch.Generator().manual_seed(0))[:, 1]
+    expected = (logits_of(model, idx[:1])[0, -1] / 2).softmax(dim=-1)
+    assert expected.max() > 0.4
+    # a frequency of 20,000 samples has a standard deviation of at most 0.0036
+    torch.testing.assert_close(new.bincount(minlength=3) / len(new), expected, rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("temperature", -0.1), ("top_k", 0), ("vocab_size", 0)])
+def test_a_sampling_argument_out_of_range_is_an_error(argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{argument} = {value}"):
+        tiny().generate(tokens(1, 1), 1, **{argument: value})
