@@ -47,7 +47,6 @@ class DecentDP(nn.Module):
         self._addresses = [p.data_ptr() for p in module.parameters()]
         self._statistics = [b for b in module.buffers() if b.is_floating_point()]  # as of batch norm
         self._exchange = Exchange(self.topology, self._flat)
-        self._pending = False  # an exchange was started and not mixed yet
         self._inside_averaged = False  # inside averaged()
         for tensor in [*self._flat, *module.buffers()]:
             dist.broadcast(tensor, src=0)
@@ -59,25 +58,19 @@ class DecentDP(nn.Module):
         """For the backward of all micro-batches but the last, as torch's DDP has it; gradients never travel here."""
         return nullcontext()
 
-    @torch.no_grad()
     def mix(self) -> None:
         """x <- W x with the values of the exchange in flight; before the first exchange all workers are equal."""
         self._check_usable()
-        if self._pending:
-            with record_function("gossip.mix"):
-                self._exchange.wait()
-                for x, average in zip(self._flat, self._exchange.averages, strict=True):
-                    x.copy_(average)
-            self._pending = False
+        with record_function("gossip.mix"):
+            self._exchange.finish_()
 
     def exchange(self) -> None:
         """Starts the averaging of step + 1 and returns at once. Nothing may change a parameter until the next mix."""
         self._check_usable()
-        if self._pending:
+        if self._exchange.in_flight:
             raise RuntimeError("exchange() was called twice without mix() between")
         self.step += 1
         self._exchange.start(self.step)
-        self._pending = True
 
     @contextmanager
     def averaged(self) -> Generator[None]:

@@ -10,7 +10,7 @@ memory, so pairs send and receive in the world's group.
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -68,48 +68,62 @@ def plan_groups(topology: Topology, pairs: bool) -> list[tuple[int, ...]]:
 
 
 class Exchange:
-    """Averages of `buffers` over the groups of a topology, started by `start` and awaited by `wait`.
+    """Averages `buffers` over the groups of a topology: `start`, then `finish_`.
 
-    A buffer is 1-D and divisible by the local world size. It is read until `wait` returns: nothing may write to it.
+    A buffer is 1-D and divisible by the local world size. Between `start` and `wait` or `finish_` nothing may write to it.
     """
 
     def __init__(self, topology: Topology, buffers: list[Tensor]) -> None:
         self.buffers = buffers
-        self.averages = [torch.empty_like(buffer) for buffer in buffers]  # hold W x after wait()
+        self._averages = [torch.empty_like(buffer) for buffer in buffers]  # hold W x after wait()
         self._topology = topology
         self._rank = dist.get_rank()
         self._gloo = dist.get_backend() == "gloo"
+        # gloo matches collectives by their order, which a thread of its own cannot share with the rest of the program.
+        self._everyone: Any = dist.new_group() if self._gloo else dist.group.WORLD
         # All ranks create all groups in the same order, also those that they are not in.
-        self._groups = {
-            ranks: dist.group.WORLD if len(ranks) == topology.world_size else dist.new_group(list(ranks))
+        self._groups: dict[tuple[int, ...], Any] = {
+            ranks: self._everyone if len(ranks) == topology.world_size else dist.new_group(list(ranks))
             for ranks in plan_groups(topology, pairs=self._gloo)
         }
+        self._route: Route | None = None  # of the exchange in flight
         self._background = _CudaStream(buffers[0].device) if buffers[0].is_cuda else _Thread()
 
     def start(self, step: int) -> None:
         """Starts the averaging of `step` and returns at once."""
-        route = plan_route(self._topology, step, self._rank)
-        self._background.run(lambda: self._average(route))
+        self._route = route = plan_route(self._topology, step, self._rank)
+        if route.kind != "stay":
+            self._background.run(lambda: self._average(route))
 
     def wait(self) -> None:
-        """Makes what comes next see the finished averages. Raises what the exchange raised. Idempotent."""
+        """Until the averages are there and the buffers are free again. Raises what the exchange raised. Idempotent."""
         self._background.wait()
+
+    @torch.no_grad()
+    def finish_(self) -> None:
+        """buffers <- W buffers, once for each start; nothing when none was started."""
+        route, self._route = self._route, None
+        if route is not None and route.kind != "stay":
+            self.wait()
+            for x, average in zip(self.buffers, self._averages, strict=True):
+                x.copy_(average)
+
+    @property
+    def in_flight(self) -> bool:
+        """An exchange was started and is not finished."""
+        return self._route is not None
 
     @torch.no_grad()
     def _average(self, route: Route) -> None:
         carry = {
-            "stay": self._stay,
             "pair": self._all_reduce if self._gloo else self._shift,
             "shift": self._shift,
             "two_nodes": self._two_nodes,
             "group": self._all_reduce,
         }[route.kind]
         with record_function(f"gossip.{route.kind}"):
-            for x, average in zip(self.buffers, self.averages, strict=True):
+            for x, average in zip(self.buffers, self._averages, strict=True):
                 carry(x, average, route)
-
-    def _stay(self, x: Tensor, average: Tensor, route: Route) -> None:
-        average.copy_(x)
 
     def _all_reduce(self, x: Tensor, average: Tensor, route: Route) -> None:
         torch.mul(x, 1 / len(route.group), out=average)
@@ -139,8 +153,8 @@ class Exchange:
         chunk = max(1, CHUNK_BYTES // x.element_size()) if self._gloo else x.numel()
         operations = []
         for mine, theirs in zip(x.split(chunk), received.split(chunk), strict=True):
-            operations.append(dist.P2POp(dist.isend, mine, send_to))
-            operations.append(dist.P2POp(dist.irecv, theirs, receive_from))
+            operations.append(dist.P2POp(dist.isend, mine, send_to, self._everyone))
+            operations.append(dist.P2POp(dist.irecv, theirs, receive_from, self._everyone))
         for work in dist.batch_isend_irecv(operations):
             work.wait()  # exactly once: a second wait of a gloo send or receive hangs
 

@@ -26,6 +26,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.table = nn.Embedding(11, 7)
+        nn.init.normal_(self.table.weight, std=0.2)  # as small as those of GPT-2: 1e-6 is some float32 roundings
         self.hidden = nn.Linear(7, 7)
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -43,8 +44,8 @@ def backward(module: nn.Module, rank: int, step: int) -> None:
 
 def make_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
     if name == "accumadamw":
-        return AccumAdamW(module.parameters(), lr=1e-2, accum_steps=3)
-    return torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.1)
+        return AccumAdamW(module.parameters(), lr=3e-3, accum_steps=3)
+    return torch.optim.AdamW(module.parameters(), lr=3e-3, weight_decay=0.1)
 
 
 def parameters_of(module: nn.Module) -> list[Tensor]:
