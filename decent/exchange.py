@@ -70,7 +70,8 @@ def plan_groups(topology: Topology, pairs: bool) -> list[tuple[int, ...]]:
 class Exchange:
     """Averages `buffers` over the groups of a topology: `start`, then `finish_`.
 
-    A buffer is 1-D and divisible by the local world size. Between `start` and `wait` or `finish_` nothing may write to it.
+    A buffer is 1-D and divisible by the local world size. Nothing may write to it between `start` and `wait` or
+    `finish_`.
     """
 
     def __init__(self, topology: Topology, buffers: list[Tensor]) -> None:
