@@ -1,0 +1,168 @@
+"""scripts/16xA100.sh and d-16xA100.sh, run by bash where srun and scontrol only write down how they were called."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+NAMES = ["16xA100.sh", "d-16xA100.sh"]
+TORCHRUN = "/bin/true"  # any program: srun does not start it here
+EPHEMERAL_PORTS_FROM = 32768  # Linux: net.ipv4.ip_local_port_range
+
+FAKE_SRUN = """#!/usr/bin/env bash
+printf '%s\\0' "$@" >"$RECORD/srun"
+printf '%s' "$PWD" >"$RECORD/folder"
+printf '%s' "$OMP_NUM_THREADS" >"$RECORD/threads"
+exit "${SRUN_EXIT_CODE:-0}"
+"""
+FAKE_SCONTROL = """#!/usr/bin/env bash
+[ "$*" = "show hostnames node[3-6]" ] || exit 1
+printf 'node%s\\n' 3 4 5 6
+"""
+
+pytestmark = pytest.mark.parametrize("name", NAMES)
+
+
+def sbatch(tmp_path: Path, name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script as SLURM does: as a copy in a spool folder, with the variables of a job of 4 nodes x 4 GPUs."""
+    programs, spool = tmp_path / "bin", tmp_path / "spool"
+    for folder in (programs, spool):
+        folder.mkdir(exist_ok=True)
+    for program, text in {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL}.items():
+        (programs / program).write_text(text)
+        (programs / program).chmod(0o755)
+    copy = spool / "slurm_script"
+    copy.write_text((SCRIPTS / name).read_text())
+    job = {
+        "SLURM_JOB_ID": "3197816",
+        "SLURM_JOB_NODELIST": "node[3-6]",
+        "SLURM_JOB_NUM_NODES": "4",
+        "SLURM_GPUS_ON_NODE": "8",  # the whole node, where SLURM does not share nodes between jobs
+        "SLURM_GPUS_PER_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "32",
+        "SLURM_SUBMIT_DIR": str(SCRIPTS.parent),
+    }
+    env = {"PATH": f"{programs}:{os.environ['PATH']}", "RECORD": str(tmp_path), **job, **variables}
+    return subprocess.run(
+        ["bash", str(copy), *arguments],
+        env=env,
+        cwd=spool,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def recorded(tmp_path: Path) -> tuple[list[str], list[str], list[str]]:
+    """What srun was called with: its own options, torchrun's options, and the words from train.py on."""
+    words = (tmp_path / "srun").read_text().split("\0")[:-1]
+    i, j = words.index(TORCHRUN), words.index("train.py")
+    return words[:i], words[i + 1 : j], words[j:]
+
+
+def endpoint(tmp_path: Path) -> tuple[str, int]:
+    (option,) = (word for word in recorded(tmp_path)[1] if word.startswith("--rdzv_endpoint="))
+    host, port = option.removeprefix("--rdzv_endpoint=").split(":")
+    return host, int(port)
+
+
+def directives(name: str) -> dict[str, str]:
+    """The script's own #SBATCH options, as far as SLURM reads them: up to the first command."""
+    lines = (SCRIPTS / name).read_text().splitlines()
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    options = [line.removeprefix("#SBATCH --") for line in lines[:first_command] if line.startswith("#SBATCH ")]
+    assert sum(line.startswith("#SBATCH") for line in lines) == len(options)
+    return dict(option.split("=", 1) for option in options)
+
+
+def test_is_valid_bash(name: str) -> None:
+    assert subprocess.run(["bash", "-n", str(SCRIPTS / name)], timeout=20, check=False).returncode == 0
+
+
+def test_asks_for_four_nodes_of_four_gpus_and_differs_from_its_twin_in_the_name_only(name: str) -> None:
+    options, twin = directives(name), directives(NAMES[1 - NAMES.index(name)])
+    assert options.pop("job-name") != twin.pop("job-name")
+    assert options == twin
+    assert (options["nodes"], options["ntasks-per-node"], options["gpus-per-node"]) == ("4", "1", "4")
+    assert int(options["cpus-per-task"]) >= 4  # without it SLURM gives one core to the workers of a node
+    assert options["output"] == "log/%j.out"  # log/%j/... is not there yet when SLURM opens it
+    assert options["open-mode"] == "append"  # or a requeued job empties its log
+
+
+def test_starts_torchrun_once_per_node(tmp_path: Path, name: str) -> None:
+    run = sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_JOB_NUM_NODES="2", OMP_NUM_THREADS="5")
+    assert (run.returncode, run.stderr) == (0, "")
+    of_srun, of_torchrun, _ = recorded(tmp_path)
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=32"} <= set(of_srun)
+    assert "--kill-on-bad-exit=1" in of_srun
+    assert {"--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=3197816"} <= set(of_torchrun)
+    assert endpoint(tmp_path)[0] == "node3"
+    assert (tmp_path / "threads").read_text() == "5"
+
+
+def test_divides_the_cores_among_the_workers_unless_told_otherwise(tmp_path: Path, name: str) -> None:
+    sbatch(tmp_path, name, TORCHRUN, "config/a.toml")
+    assert (tmp_path / "threads").read_text() == "8"  # 32 cores, 4 workers
+
+
+def test_passes_on_every_argument_as_one_word(tmp_path: Path, name: str) -> None:
+    arguments = ["my configs/a.toml", "train.n_steps=100", "train.optim.betas=[0.9, 0.95]", "log_dir=*", 'dataset="x"']
+    sbatch(tmp_path, name, TORCHRUN, *arguments)
+    assert recorded(tmp_path)[2] == ["train.py", *arguments]
+
+
+def test_runs_in_the_folder_from_which_it_was_submitted(tmp_path: Path, name: str) -> None:
+    sbatch(tmp_path, name, TORCHRUN, "config/a.toml")
+    assert (tmp_path / "folder").read_text() == str(SCRIPTS.parent)
+
+
+def test_jobs_of_near_ids_meet_at_different_ports_which_linux_does_not_give_away(tmp_path: Path, name: str) -> None:
+    ports: list[int] = []
+    for job_id in (1, 2, 9_999, 10_000, 67_043_327):
+        sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_JOB_ID=str(job_id))
+        ports.append(endpoint(tmp_path)[1])
+    assert len(set(ports)) == len(ports)
+    assert all(1024 <= port < EPHEMERAL_PORTS_FROM for port in ports)
+
+
+@pytest.mark.parametrize(("asked", "workers"), [("3", 3), ("a100:2", 2)])
+def test_starts_a_worker_per_gpu_that_was_asked_for(tmp_path: Path, name: str, asked: str, workers: int) -> None:
+    assert sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_GPUS_PER_NODE=asked).returncode == 0
+    assert f"--nproc_per_node={workers}" in recorded(tmp_path)[1]
+
+
+@pytest.mark.parametrize("exit_code", [1, 137])
+def test_ends_with_the_exit_code_of_srun(tmp_path: Path, name: str, exit_code: int) -> None:
+    run = sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SRUN_EXIT_CODE=str(exit_code))
+    assert run.returncode == exit_code
+
+
+def test_starts_nothing_when_the_hosts_are_unknown(tmp_path: Path, name: str) -> None:
+    assert sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_JOB_NODELIST="node[7-8]").returncode != 0
+    assert not (tmp_path / "srun").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        [TORCHRUN],
+        ["config/a.toml"],  # `which torchrun` found nothing
+        ["config/a.toml", "train.n_steps=100"],
+    ],
+)
+def test_wrong_arguments_give_one_line_of_usage(tmp_path: Path, name: str, arguments: list[str]) -> None:
+    run = sbatch(tmp_path, name, *arguments)
+    assert run.returncode == 2
+    assert run.stderr.startswith("usage: sbatch ")
+    assert run.stderr.count("\n") == 1
+    assert not (tmp_path / "srun").exists()
+
+
+def test_started_without_sbatch_says_how_to_start_it(tmp_path: Path, name: str) -> None:
+    run = sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_JOB_ID="")
+    assert run.returncode == 2
+    assert run.stderr.startswith("usage: sbatch ")
