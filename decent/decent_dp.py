@@ -31,22 +31,36 @@ class DecentDP(nn.Module):
     `mix` and `exchange` are collectives: every worker calls both once in every step, in this order, also when it skips
     the update. The module's parameters must stay the tensors that they are at construction.
 
+    comm_dtype, if given, is the dtype in which parameters travel between pairs, and between nodes where whole nodes
+    average; the mean over the workers does not feel the rounding. gossip_every = k > 1 exchanges a snapshot s of every
+    k-th step, hidden behind k steps of local training: x_i <- x_i + sum_j W[i, j] s_j - s_i. It costs one more copy of
+    the parameters.
+
     Raises:
-        ValueError: there is no such topology, or it does not fit the world.
+        ValueError: there is no such topology, it does not fit the world, or it cannot be rounded to comm_dtype.
     """
 
     def __init__(
-        self, module: nn.Module, topology: str = "alternating-exp-ring", local_world_size: int | None = None
+        self,
+        module: nn.Module,
+        topology: str = "alternating-exp-ring",
+        local_world_size: int | None = None,
+        comm_dtype: torch.dtype | None = None,
+        gossip_every: int = 1,
     ) -> None:
         super().__init__()
+        if gossip_every < 1:
+            raise ValueError(f"gossip_every = {gossip_every} must be at least 1")
         local_world_size = local_world_size or World.from_env().local_world_size
         self.module = module
         self.topology = build_topology(topology, dist.get_world_size(), local_world_size)
-        self.step = 0  # exchanges started so far
+        self.gossip_every = gossip_every  # k
+        self.step = 0  # calls of exchange() so far
         self._flat = flatten_parameters_(module, multiple_of=local_world_size)  # one 1-D buffer per dtype
         self._addresses = [p.data_ptr() for p in module.parameters()]
         self._statistics = [b for b in module.buffers() if b.is_floating_point()]  # as of batch norm
-        self._exchange = Exchange(self.topology, self._flat)
+        self._exchange = Exchange(self.topology, self._flat, comm_dtype=comm_dtype, snapshot=gossip_every > 1)
+        self._mixed = True  # whose turn it is: False after exchange(), until mix()
         self._inside_averaged = False  # inside averaged()
         for tensor in [*self._flat, *module.buffers()]:
             dist.broadcast(tensor, src=0)
@@ -61,16 +75,20 @@ class DecentDP(nn.Module):
     def mix(self) -> None:
         """x <- W x with the values of the exchange in flight; before the first exchange all workers are equal."""
         self._check_usable()
-        with record_function("gossip.mix"):
-            self._exchange.finish_()
+        self._mixed = True
+        if (self.step + 1) % self.gossip_every == 0:
+            with record_function("gossip.mix"):
+                self._exchange.finish_()
 
     def exchange(self) -> None:
-        """Starts the averaging of step + 1 and returns at once. Nothing may change a parameter until the next mix."""
+        """Starts the next averaging and returns at once. Nothing may change a parameter until the next mix."""
         self._check_usable()
-        if self._exchange.in_flight:
+        if not self._mixed:
             raise RuntimeError("exchange() was called twice without mix() between")
+        self._mixed = False
         self.step += 1
-        self._exchange.start(self.step)
+        if self.step % self.gossip_every == 0:
+            self._exchange.start(self.step // self.gossip_every)
 
     @contextmanager
     def averaged(self) -> Generator[None]:

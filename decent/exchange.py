@@ -1,12 +1,17 @@
 """One averaging of flat buffers with the neighbours, carried out beside the computation.
 
 An exchange is written as ordinary blocking calls, one after the other, and run in the background: by a thread under
-gloo, on a CUDA stream of its own under NCCL. Which primitives carry it is decided here and nowhere else, for these
-reasons (DESIGN 5.1). Under gloo one large send/receive pair fills half of a link, since its two directions take turns;
-an all-reduce in a group of two fills it, and what has no group is sent in chunks. Under NCCL every group costs GPU
-memory, so pairs send and receive in the world's group.
+gloo, on a CUDA stream of its own under NCCL. How a round travels is decided here and nowhere else:
+
+* Pairs and shifts by send and receive, in chunks of which some are always under way. That fills a link in both
+  directions at once, as an all-reduce in a group of two would (one large send and receive take turns: half of it), and
+  needs no process group, which costs threads under gloo and half a gigabyte under NCCL.
+* The workers of two whole nodes by shards: a reduce-scatter inside each node, a pair for every local rank, an
+  all-gather inside the node. So x.numel() elements leave a node, where an all-reduce over both sends nearly twice that.
+* Any other group by all-reduce.
 """
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,19 +24,19 @@ from torch.profiler import record_function
 
 from decent.topology import Topology
 
-CHUNK_BYTES = 4 * 2**20  # of a gloo send; six chunks of 42 MB reached 82% of a link, one 48%
+CHUNK_BYTES = {"gloo": 2**20, "nccl": 2**26}  # of what a pair sends at once, before rounding
+CHUNKS_UNDER_WAY = 8
 
 
 @dataclass(frozen=True)
 class Route:
     """How one worker's averaging of one round travels."""
 
-    kind: Literal["stay", "pair", "shift", "two_nodes", "group"]
+    kind: Literal["stay", "pair", "two_nodes", "group"]
     group: tuple[int, ...]  # ranks that are averaged, sorted
-    send_to: int = -1  # pair, shift: the rank that needs ours
-    receive_from: int = -1  # pair, shift: the rank whose parameters we need
+    send_to: int = -1  # pair: the rank that needs ours; two_nodes: our counterpart on the other node
+    receive_from: int = -1  # pair: the rank that we need, send_to unless the round is directed
     node: tuple[int, ...] = ()  # two_nodes: the workers of this node
-    counterparts: tuple[int, ...] = ()  # two_nodes: this worker and the one with its local rank on the other node
 
 
 def plan_route(topology: Topology, step: int, rank: int) -> Route:
@@ -40,61 +45,72 @@ def plan_route(topology: Topology, step: int, rank: int) -> Route:
     local = topology.local_world_size
     if len(group) == 1:
         return Route("stay", group)
-    if topology.group(step, group[0]) != topology.group(step, group[-1]):
+    if len(group) == 2:
         (source,) = set(group) - {rank}
         (target,) = {i for i in range(topology.world_size) if rank in topology.group(step, i)} - {rank}
-        return Route("shift", group, send_to=target, receive_from=source)
-    if len(group) == 2:
-        (peer,) = set(group) - {rank}
-        return Route("pair", group, send_to=peer, receive_from=peer)
-    if len({i // local for i in group}) == 2 and len(group) == 2 * local:
+        return Route("pair", group, send_to=target, receive_from=source)
+    if len(group) == 2 * local and len({i // local for i in group}) == 2:
         node = tuple(i for i in group if i // local == rank // local)
-        counterparts = tuple(i for i in group if i % local == rank % local)
-        return Route("two_nodes", group, node=node, counterparts=counterparts)
+        (counterpart,) = {i for i in group if i % local == rank % local} - {rank}
+        return Route("two_nodes", group, send_to=counterpart, receive_from=counterpart, node=node)
     return Route("group", group)
 
 
-def plan_groups(topology: Topology, pairs: bool) -> list[tuple[int, ...]]:
-    """Pure: the process groups that all ranks must create, in this order. Without `pairs`, two ranks need none."""
-    groups: set[tuple[int, ...]] = set()
-    for step in range(topology.period):
-        for rank in range(topology.world_size):
-            route = plan_route(topology, step, rank)
-            if route.kind == "two_nodes":
-                groups |= {route.node, route.counterparts} if pairs else {route.node}
-            elif route.kind == "group" or (route.kind == "pair" and pairs):
-                groups.add(route.group)
-    return sorted(groups)
+def plan_groups(topology: Topology) -> list[tuple[int, ...]]:
+    """Pure: the process groups that all ranks must create, in this order."""
+    routes = [plan_route(topology, step, i) for step in range(topology.period) for i in range(topology.world_size)]
+    return sorted({r.node for r in routes if r.kind == "two_nodes"} | {r.group for r in routes if r.kind == "group"})
 
 
 class Exchange:
     """Averages `buffers` over the groups of a topology: `start`, then `finish_`.
 
-    A buffer is 1-D and divisible by the local world size. Nothing may write to it between `start` and `wait` or
-    `finish_`.
+    A buffer is 1-D and divisible by the local world size. comm_dtype: what pairs send, Q(x), is rounded to it, and the
+    average is x_i + (Q(x_j) - Q(x_i)) / 2, so that rounding moves no mean. snapshot: an exchange works on a copy, and
+    buffers may change meanwhile; without, nothing may write to them between `start` and `wait` or `finish_`.
+
+    Raises:
+        ValueError: a round of `topology` cannot be rounded to comm_dtype.
     """
 
-    def __init__(self, topology: Topology, buffers: list[Tensor]) -> None:
-        self.buffers = buffers
-        self._averages = [torch.empty_like(buffer) for buffer in buffers]  # hold W x after wait()
+    def __init__(
+        self,
+        topology: Topology,
+        buffers: list[Tensor],
+        *,
+        comm_dtype: torch.dtype | None = None,
+        snapshot: bool = False,
+    ) -> None:
+        if comm_dtype is not None and topology.name == "complete":
+            # Rounding inside an all-reduce would move the mean in every step, by as much as an update does.
+            raise ValueError(f'topology "complete" cannot send {comm_dtype}: use "exp", "ring" or float32')
         self._topology = topology
         self._rank = dist.get_rank()
-        self._gloo = dist.get_backend() == "gloo"
-        # gloo matches collectives by their order, which a thread of its own cannot share with the rest of the program.
-        self._everyone: Any = dist.new_group() if self._gloo else dist.group.WORLD
+        self._comm_dtype = comm_dtype
+        self._chunk_bytes = CHUNK_BYTES[dist.get_backend()]
+        self._buffers = buffers
+        self._sources = [b.clone() for b in buffers] if snapshot else buffers  # what is sent
+        self._averages = [torch.empty_like(b) for b in buffers]  # after wait(): W x, or W s - s of snapshots s
+        # gloo matches calls by their order, which a thread of its own cannot share with the rest of the program.
+        self._everyone: Any = dist.new_group() if dist.get_backend() == "gloo" else dist.group.WORLD
         # All ranks create all groups in the same order, also those that they are not in.
         self._groups: dict[tuple[int, ...], Any] = {
             ranks: self._everyone if len(ranks) == topology.world_size else dist.new_group(list(ranks))
-            for ranks in plan_groups(topology, pairs=self._gloo)
+            for ranks in plan_groups(topology)
         }
         self._route: Route | None = None  # of the exchange in flight
         self._background = _CudaStream(buffers[0].device) if buffers[0].is_cuda else _Thread()
 
+    @torch.no_grad()
     def start(self, step: int) -> None:
         """Starts the averaging of `step` and returns at once."""
         self._route = route = plan_route(self._topology, step, self._rank)
-        if route.kind != "stay":
-            self._background.run(lambda: self._average(route))
+        if route.kind == "stay":
+            return
+        if self._sources is not self._buffers:
+            for source, x in zip(self._sources, self._buffers, strict=True):
+                source.copy_(x)
+        self._background.run(lambda: self._average(route))
 
     def wait(self) -> None:
         """Until the averages are there and the buffers are free again. Raises what the exchange raised. Idempotent."""
@@ -102,62 +118,69 @@ class Exchange:
 
     @torch.no_grad()
     def finish_(self) -> None:
-        """buffers <- W buffers, once for each start; nothing when none was started."""
+        """x <- W x, or x <- x + W s - s of the snapshot s, once for each start; nothing when none was started."""
         route, self._route = self._route, None
-        if route is not None and route.kind != "stay":
-            self.wait()
-            for x, average in zip(self.buffers, self._averages, strict=True):
+        if route is None or route.kind == "stay":
+            return
+        self.wait()
+        for x, source, average in zip(self._buffers, self._sources, self._averages, strict=True):
+            if source is x:
                 x.copy_(average)
-
-    @property
-    def in_flight(self) -> bool:
-        """An exchange was started and is not finished."""
-        return self._route is not None
+            else:
+                x.add_(average)
 
     @torch.no_grad()
     def _average(self, route: Route) -> None:
-        carry = {
-            "pair": self._all_reduce if self._gloo else self._shift,
-            "shift": self._shift,
-            "two_nodes": self._two_nodes,
-            "group": self._all_reduce,
-        }[route.kind]
+        carry = {"pair": self._pair, "two_nodes": self._two_nodes, "group": self._group}[route.kind]
         with record_function(f"gossip.{route.kind}"):
-            for x, average in zip(self.buffers, self._averages, strict=True):
-                carry(x, average, route)
+            for x, source, average in zip(self._buffers, self._sources, self._averages, strict=True):
+                carry(source, average, route)
+                if source is not x:
+                    average.sub_(source)
 
-    def _all_reduce(self, x: Tensor, average: Tensor, route: Route) -> None:
-        torch.mul(x, 1 / len(route.group), out=average)
-        dist.all_reduce(average, group=self._groups[route.group])
+    def _pair(self, x: Tensor, average: Tensor, route: Route) -> None:
+        """average <- x + (Q(theirs) - Q(x)) / 2, or (x + theirs) / 2 without rounding. May be in place."""
+        size = self._chunk_bytes // x.element_size()
+        under_way: deque[Callable[[], None]] = deque()
+        for mine, out in zip(x.split(size), average.split(size), strict=True):
+            if len(under_way) == CHUNKS_UNDER_WAY:
+                under_way.popleft()()
+            under_way.append(self._start_chunk(mine, out, route))
+        for finish in under_way:
+            finish()
 
-    def _shift(self, x: Tensor, average: Tensor, route: Route) -> None:
-        self._send_and_receive(x, average, send_to=route.send_to, receive_from=route.receive_from)
-        average.add_(x).mul_(0.5)  # symmetric in both, so that the two workers of a pair get the same bits
+    def _start_chunk(self, x: Tensor, out: Tensor, route: Route) -> Callable[[], None]:
+        sent = x if self._comm_dtype is None else x.to(self._comm_dtype)
+        theirs = torch.empty_like(sent)
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, sent, route.send_to, self._everyone),
+                dist.P2POp(dist.irecv, theirs, route.receive_from, self._everyone),
+            ]
+        )
+
+        @torch.no_grad()
+        def finish() -> None:
+            for work in works:
+                work.wait()  # exactly once: a second wait of a gloo send or receive hangs
+            if self._comm_dtype is None:
+                torch.add(x, theirs, out=out).mul_(0.5)  # symmetric: both of a pair get the same bits
+            else:
+                torch.add(x, theirs.to(x.dtype).sub_(sent), alpha=0.5, out=out)
+
+        return finish
 
     def _two_nodes(self, x: Tensor, average: Tensor, route: Route) -> None:
-        """Each worker carries one shard between the nodes: x.numel() elements cross a network card, not per worker."""
         node = self._groups[route.node]
-        local_rank = route.node.index(self._rank)
-        shard = average.view(len(route.node), -1)[local_rank]
+        shard = average.view(len(route.node), -1)[route.node.index(self._rank)]
         dist.reduce_scatter_single(shard, x, group=node)
-        if self._gloo:
-            dist.all_reduce(shard, group=self._groups[route.counterparts])
-        else:
-            theirs = torch.empty_like(shard)
-            (peer,) = set(route.counterparts) - {self._rank}
-            self._send_and_receive(shard, theirs, send_to=peer, receive_from=peer)
-            shard.add_(theirs)
-        shard.mul_(1 / len(route.group))
+        shard.mul_(1 / len(route.node))
+        self._pair(shard, shard, route)
         dist.all_gather_single(average, shard, group=node)
 
-    def _send_and_receive(self, x: Tensor, received: Tensor, *, send_to: int, receive_from: int) -> None:
-        chunk = max(1, CHUNK_BYTES // x.element_size()) if self._gloo else x.numel()
-        operations = []
-        for mine, theirs in zip(x.split(chunk), received.split(chunk), strict=True):
-            operations.append(dist.P2POp(dist.isend, mine, send_to, self._everyone))
-            operations.append(dist.P2POp(dist.irecv, theirs, receive_from, self._everyone))
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()  # exactly once: a second wait of a gloo send or receive hangs
+    def _group(self, x: Tensor, average: Tensor, route: Route) -> None:
+        torch.mul(x, 1 / len(route.group), out=average)
+        dist.all_reduce(average, group=self._groups[route.group])
 
 
 class _Thread:

@@ -1,6 +1,7 @@
 """n workers in one process, X <- update(W X, G): what decentralized training means, written down plainly.
 
 The oracle of the tests of everything that travels between processes, and a laboratory for small experiments.
+X is (n, d): row i holds the parameters of worker i, here tensor by tensor.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from decent.exchange import plan_route
 from decent.topology import Topology
 
 
@@ -20,34 +22,65 @@ def simulate(
     *,
     n_steps: int,
     grad_norm_clip: float = 0.0,
+    comm_dtype: torch.dtype | None = None,
+    gossip_every: int = 1,
 ) -> None:
     """Trains the workers in place for n_steps; they should start equal, as under DecentDP.
 
     backward(module, rank, step) adds the worker's gradient of that step to p.grad, in as many micro-batches as it
-    likes. grad_norm_clip = 0 is off.
+    likes. grad_norm_clip = 0 is off. comm_dtype and gossip_every as in DecentDP.
     """
+    snapshots = stack_parameters(modules)
     for step in range(n_steps):
         for rank, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
             optimizer.zero_grad()
             backward(module, rank, step)
             if grad_norm_clip:
                 nn.utils.clip_grad_norm_(module.parameters(), grad_norm_clip)
-        mix_(modules, topology.matrix(step))
+        if (step + 1) % gossip_every == 0:
+            mix_(modules, snapshots, topology, step // gossip_every, comm_dtype)
         for optimizer in optimizers:
             optimizer.step()
+        if (step + 1) % gossip_every == 0:
+            snapshots = stack_parameters(modules)
 
 
 @torch.no_grad()
-def mix_(modules: Sequence[nn.Module], w: np.ndarray) -> None:
-    """X <- W X for the (n, n) mixing matrix W, where row i of X is worker i's parameters; computed in float64."""
-    weights = torch.from_numpy(w)
-    for parameters in zip(*(module.parameters() for module in modules), strict=True):
-        x = torch.stack([p.double() for p in parameters])  # (n, *shape)
-        for p, mixed in zip(parameters, torch.tensordot(weights, x, dims=1), strict=True):
-            p.copy_(mixed)
+def mix_(
+    modules: Sequence[nn.Module],
+    snapshots: Sequence[Tensor],
+    topology: Topology,
+    step: int,
+    comm_dtype: torch.dtype | None = None,
+) -> None:
+    """X <- X + M(S) - S with M(S) = W S of the step, or, rounded to Q(.) between nodes, Y + B Q(Y) - Q(Y), Y = A S.
+
+    Without rounding both are W S, since W = B A. Computed in float64.
+    """
+    a, b = (torch.from_numpy(w) for w in factors(topology, step))
+    for parameters, s in zip(zip(*(m.parameters() for m in modules), strict=True), snapshots, strict=True):
+        y = torch.tensordot(a, s, dims=1)
+        q = y.to(parameters[0].dtype).to(comm_dtype).double() if comm_dtype else y
+        mixed = y + torch.tensordot(b, q, dims=1) - q
+        for p, change in zip(parameters, mixed - s, strict=True):
+            p.copy_(p.double() + change)
 
 
-def mean_parameters(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """The workers' mean of each parameter, in float64."""
+def factors(topology: Topology, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """(A, B), each (n, n), with B A = W: A averages by collectives of a group, B what pairs send to each other."""
+    inside, between = np.eye(topology.world_size), topology.matrix(step)
+    for rank in range(topology.world_size):
+        route = plan_route(topology, step, rank)
+        if route.kind == "two_nodes":
+            inside[rank], between[rank] = 0, 0
+            inside[rank, list(route.node)] = 1 / len(route.node)
+            between[rank, [rank, route.receive_from]] = 0.5
+        elif route.kind == "group":
+            inside[rank], between[rank] = between[rank], inside[rank]
+    return inside, between
+
+
+def stack_parameters(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """For each parameter, the workers' values in float64, (n, *shape)."""
     groups = zip(*(module.parameters() for module in modules), strict=True)
-    return [torch.stack([p.detach().double() for p in parameters]).mean(0) for parameters in groups]
+    return [torch.stack([p.detach().double() for p in parameters]) for parameters in groups]
