@@ -1,0 +1,191 @@
+"""A cluster of several nodes on one machine, to try and to compare the backends at a chosen bandwidth.
+
+Every node is a Linux network namespace with its own address (10.88.0.11, .12, ...). A bridge joins them, and tc limits
+each node's link in both directions, as the port of a switch does; workers of one node talk over its loopback, which
+has no limit. Needs Linux, root and iproute2. Workers run on the CPU.
+
+    python scripts/netlab.py run --nodes 4 --bandwidth 200mbit -- train.py config/quickstart.toml train.n_steps=100
+    python scripts/netlab.py compare --nodes 4 --procs 1 --bandwidth 1gbit,300mbit,100mbit --png compare.png
+    python scripts/netlab.py clean      # removes what a lab that was killed has left
+
+Several labs can run at once; but two comparisons would measure each other.
+"""
+
+import argparse
+import json
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts import netlab_compare
+from scripts.netlab_cluster import Lab, LabError, Launch, Rate, labs_of_dead_owners, require_root_and_iproute2
+
+WORKER = Path(__file__).with_name("netlab_worker.py")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0; 1 when a worker failed; 2 for a mistake in the input or a machine that cannot do it, after one
+    line; 124 after a timeout; 130 or 143 when told to stop."""
+    args = parse_args(argv)
+    try:
+        require_root_and_iproute2()
+        with signals_as_exceptions():
+            return args.command(args)
+    except (LabError, OSError) as error:
+        print(f"netlab.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("netlab.py: stopped", file=sys.stderr)
+        return 130
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="run|compare|clean")
+
+    run = commands.add_parser("run", help="torchrun a script on every node")
+    _add_cluster(run, "of each link: 200mbit, 1gbit, unlimited; one for all nodes, or one for each")
+    run.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", type=_assignment, help="for the script"
+    )
+    run.add_argument("--log-dir", type=Path, help="also write what each node says to node<i>.log in this directory")
+    run.add_argument("script", nargs=argparse.REMAINDER, help="-- script.py its arguments")
+    run.set_defaults(command=run_script)
+
+    compare = commands.add_parser(
+        "compare",
+        help="step times of the backends, side by side",
+        description=netlab_compare.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_cluster(compare, "one comparison for each of them, all links alike")
+    netlab_compare.add_arguments(compare)
+    compare.set_defaults(command=compare_arms)
+
+    clean = commands.add_parser("clean", help="remove labs whose netlab.py was killed")
+    clean.set_defaults(command=remove_abandoned)
+
+    args = parser.parse_args(argv)
+    if args.command is run_script:
+        args.script = args.script[1:] if args.script[:1] == ["--"] else args.script
+        if not args.script:
+            run.error("no script: end with -- train.py config/quickstart.toml, say")
+        if len(args.bandwidth) not in (1, args.nodes):
+            run.error(f"{len(args.bandwidth)} bandwidths for {args.nodes} nodes: give one, or one for each")
+    return args
+
+
+def _add_cluster(parser: argparse.ArgumentParser, bandwidths: str) -> None:
+    parser.add_argument("--nodes", type=_count, default=2, help="network namespaces (%(default)s)")
+    parser.add_argument("--procs", type=_count, default=1, help="workers on each node (%(default)s)")
+    parser.add_argument("--bandwidth", type=parse_rates, default="unlimited", metavar="RATE[,RATE...]", help=bandwidths)
+    parser.add_argument("--timeout", type=float, help="seconds, after which the workers are ended (exit code 124)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 200:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 200")
+    return int(text)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, found, value = text.partition("=")
+    if not found or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def parse_rates(text: str) -> list[Rate]:
+    return [parse_rate(part) for part in text.split(",")]
+
+
+def parse_rate(text: str) -> Rate:
+    """200mbit, 1.5gbit, 800kbit or unlimited.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    if text == "unlimited":
+        return Rate(text, None)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)bit", text.lower())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a bandwidth such as 200mbit, 1gbit or unlimited")
+    return Rate(text, float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]])
+
+
+@contextmanager
+def signals_as_exceptions() -> Generator[None]:
+    """SIGTERM and a closed terminal unwind the program as Ctrl-C does, so that it cleans up."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run_script(args: argparse.Namespace) -> int:
+    if args.log_dir is not None:
+        args.log_dir.mkdir(parents=True, exist_ok=True)
+    rates = args.bandwidth * args.nodes if len(args.bandwidth) == 1 else args.bandwidth
+    start = time.monotonic()
+    with Lab(rates) as lab:
+        with Launch(lab, args.procs, args.script, env=dict(args.env), log_dir=args.log_dir) as launch:
+            code = launch.wait(args.timeout)
+        for node, rate in enumerate(rates):
+            traffic = lab.traffic(node)
+            print(
+                f"netlab.py: node {node}, {rate.text}: sent {traffic['sent'] / 1e6:.1f} MB, received "
+                f"{traffic['received'] / 1e6:.1f} MB, {traffic['drops']} packets dropped",
+                file=sys.stderr,
+            )
+    print(f"netlab.py: {time.monotonic() - start:.1f} s", file=sys.stderr)
+    return code
+
+
+def compare_arms(args: argparse.Namespace) -> int:
+    """Measures one bandwidth after the other; tables, JSON and PNG hold what is done so far."""
+    settings = netlab_compare.settings(args)
+    report: dict[str, Any] = {**netlab_compare.describe_machine(), "settings": settings, "scenarios": []}
+    with tempfile.TemporaryDirectory(prefix="netlab-") as directory:
+        spec, result = Path(directory, "spec.json"), Path(directory, "result.json")
+        spec.write_text(json.dumps(settings))
+        for rate in args.bandwidth:
+            with (
+                Lab([rate] * args.nodes) as lab,
+                Launch(lab, args.procs, [str(WORKER), str(spec), str(result)], out=sys.stderr) as launch,
+            ):
+                code = launch.wait(args.timeout)
+            if code != 0:
+                return code
+            scenario = {"bandwidth": rate.text, "bits_per_s": rate.bits_per_s, **json.loads(result.read_text())}
+            report["scenarios"].append(scenario)
+            print(netlab_compare.table(scenario, settings), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            if args.png:
+                netlab_compare.draw(report, args.png)
+    return 0
+
+
+def remove_abandoned(_: argparse.Namespace) -> int:
+    for lab in labs_of_dead_owners():
+        lab.remove()
+        print(f"removed lab {lab.id}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

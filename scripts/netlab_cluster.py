@@ -1,0 +1,271 @@
+"""The network of `netlab.py`: namespaces joined by a bridge, limits on their links, torchrun in each of them.
+
+             namespace nl<id>n0              namespace nl<id>sw
+            +--------------+   veth   +-------------------------+
+            | eth0 .11 tbf |==========| p0 tbf --.              |
+            +--------------+          |           br0 (bridge)  |
+            | eth0 .12 tbf |==========| p1 tbf --'              |
+             namespace nl<id>n1       +-------------------------+
+      tbf on eth0: what the node sends      tbf on p0: what it receives
+
+Workers of one node talk over its loopback, which has no limit.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, NamedTuple, TextIO
+
+ADDRESS = "10.88.0.{}"  # of node - FIRST_HOST; every lab has its own bridge, so all use the same
+FIRST_HOST = 11
+RENDEZVOUS_PORT = 29400
+QUEUE_S = 0.1  # what a link holds back before it drops, as time at its rate
+GRACE_S = 5  # for the other nodes to end by themselves once one has failed
+JOIN_TIMEOUT_S = 120  # for all nodes to meet
+
+
+class LabError(RuntimeError):
+    """The lab cannot be built here; the message is one line for the user."""
+
+
+class Rate(NamedTuple):
+    text: str  # as the user wrote it
+    bits_per_s: float | None  # None: no limit
+
+
+def require_root_and_iproute2() -> None:
+    if os.geteuid() != 0:
+        raise LabError("needs root, to make network namespaces: run it with sudo, or in a privileged container")
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    if missing:
+        raise LabError(f"{' and '.join(missing)} not found: install iproute2 (apt-get install iproute2)")
+
+
+class Lab:
+    """The namespaces, links and limits of one cluster, for as long as its `with` block runs."""
+
+    def __init__(self, rates: list[Rate], lab_id: str | None = None, made: list[str] | None = None) -> None:
+        self.rates = rates  # one for each node
+        self.id = lab_id or str(os.getpid())  # unique now, and it tells later whether the owner still lives
+        self._switch = f"nl{self.id}sw"
+        self._made = made or []  # namespaces that are this lab's to remove
+
+    def __enter__(self) -> "Lab":
+        try:
+            self._add_namespace(self._switch)
+            _tool("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge", "stp_state", "0")
+            _tool("ip", "-n", self._switch, "link", "set", "br0", "up")
+            for node, rate in enumerate(self.rates):
+                self._add_node(node, rate)
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def namespace(self, node: int) -> str:
+        return f"nl{self.id}n{node}"
+
+    @staticmethod
+    def address(node: int) -> str:
+        return ADDRESS.format(FIRST_HOST + node)
+
+    def traffic(self, node: int) -> dict[str, int]:
+        """Bytes that went out and came in over the node's link so far, and packets that its limits dropped."""
+        link = json.loads(_tool("ip", "-n", self.namespace(node), "-j", "-s", "link", "show", "eth0"))[0]
+        drops = 0
+        for namespace, device in self._ends(node):
+            queues = _tool("tc", "-n", namespace, "-j", "-s", "qdisc", "show", "dev", device)
+            drops += sum(queue.get("drops", 0) for queue in json.loads(queues or "[]"))
+        return {"sent": link["stats64"]["tx"]["bytes"], "received": link["stats64"]["rx"]["bytes"], "drops": drops}
+
+    def remove(self) -> None:
+        """Ends the processes in this lab's namespaces and removes these; links and limits go with them."""
+        with _signals_ignored():  # a second Ctrl-C must not leave half of it
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                for pid in self._pids():
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
+                end = time.monotonic() + 3
+                while time.monotonic() < end and self._pids():
+                    time.sleep(0.05)
+            for namespace in reversed(self._made):
+                _tool("ip", "netns", "del", namespace, check=False)
+            self._made.clear()
+
+    def _pids(self) -> list[int]:
+        return [int(pid) for name in self._made for pid in _tool("ip", "netns", "pids", name, check=False).split()]
+
+    def _add_namespace(self, name: str) -> None:
+        self._made.append(name)  # before it is there: an interrupt may come between
+        try:
+            _tool("ip", "netns", "add", name)
+        except LabError:
+            self._made.remove(name)
+            raise
+        _tool("ip", "-n", name, "link", "set", "lo", "up")
+
+    def _add_node(self, node: int, rate: Rate) -> None:
+        name, port = self.namespace(node), f"p{node}"
+        self._add_namespace(name)
+        peer = ("peer", "name", "eth0", "netns", name)
+        _tool("ip", "-n", self._switch, "link", "add", port, "type", "veth", *peer)
+        _tool("ip", "-n", self._switch, "link", "set", port, "master", "br0")
+        _tool("ip", "-n", self._switch, "link", "set", port, "up")
+        _tool("ip", "-n", name, "addr", "add", f"{self.address(node)}/24", "dev", "eth0")
+        _tool("ip", "-n", name, "link", "set", "eth0", "up")
+        # A new namespace inherits the host's choice, bbr say, and may only pick what the host allows: reno always is.
+        _tool("ip", "netns", "exec", name, "sysctl", "-qw", "net.ipv4.tcp_congestion_control=reno")
+        if rate.bits_per_s is not None:
+            for namespace, device in self._ends(node):
+                _limit(namespace, device, rate.bits_per_s)
+
+    def _ends(self, node: int) -> list[tuple[str, str]]:
+        """Namespace and device of the node's link at the node, which sends, and at the switch, which sends to it."""
+        return [(self.namespace(node), "eth0"), (self._switch, f"p{node}")]
+
+
+def labs_of_dead_owners() -> list[Lab]:
+    """Labs whose netlab.py was killed before it could remove them."""
+    left: dict[str, list[str]] = {}
+    for line in _tool("ip", "netns", "list").splitlines():
+        name = line.split()[0]
+        match = re.fullmatch(r"nl(\d+)(?:sw|n\d+)", name)
+        if match and not Path("/proc", match[1]).exists():
+            left.setdefault(match[1], []).append(name)
+    return [Lab([], lab_id, made) for lab_id, made in left.items()]
+
+
+def _limit(namespace: str, device: str, bits_per_s: float) -> None:
+    bytes_per_s = bits_per_s / 8
+    # The bucket must hold a packet as TCP hands it over, 64 KiB, or tbf cuts each into frames; and 1 ms of tokens.
+    burst = int(max(128 * 1024, bytes_per_s * 0.001))
+    limit = int(burst + bytes_per_s * QUEUE_S)
+    options = ("rate", f"{int(bits_per_s)}bit", "burst", str(burst), "limit", str(limit))
+    _tool("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", *options)
+
+
+def _tool(*command: str, check: bool = True) -> str:
+    """What the command prints.
+
+    Raises:
+        LabError: it failed.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if check and done.returncode != 0:
+        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise LabError(f"the network cannot be built here: `{' '.join(command)}` said: {reason}")
+    return done.stdout
+
+
+@contextmanager
+def _signals_ignored() -> Generator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Launch:
+    """torchrun on every node of a lab, for as long as its `with` block runs. Passes on what the nodes say."""
+
+    def __init__(
+        self,
+        lab: Lab,
+        procs: int,
+        script: list[str],
+        *,
+        env: dict[str, str] | None = None,
+        out: TextIO = sys.stdout,
+        log_dir: Path | None = None,
+    ) -> None:
+        self._lab, self._procs, self._script = lab, procs, script
+        self._env = {
+            **os.environ,
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "TP_SOCKET_IFNAME": "eth0",
+            "OMP_NUM_THREADS": "1",  # all nodes share the cores
+            "CUDA_VISIBLE_DEVICES": "",  # NCCL refuses two nodes on one GPU
+            "PYTHONUNBUFFERED": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns that addresses here have no names
+            **(env or {}),
+        }
+        self._out, self._log_dir = out, log_dir
+        self._running: list[subprocess.Popen[str]] = []
+        self._readers: list[threading.Thread] = []
+
+    def __enter__(self) -> "Launch":
+        for node in range(len(self._lab.rates)):
+            process = subprocess.Popen(
+                self._command(node),
+                env=self._env,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the lab, which ends the workers
+            )
+            self._running.append(process)
+            reader = threading.Thread(target=self._say, args=(node, process.stdout), daemon=True)
+            reader.start()
+            self._readers.append(reader)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._running:
+            if process.poll() is None:
+                process.terminate()
+        for reader in self._readers:
+            reader.join(timeout=GRACE_S)
+
+    def wait(self, timeout_s: float | None) -> int:
+        """0, 1 when a node failed, 124 when time is up. Once a node failed the others would wait for it for ever."""
+        deadline = time.monotonic() + timeout_s if timeout_s else float("inf")
+        end = deadline
+        while None in (codes := [process.poll() for process in self._running]):
+            time.sleep(0.1)
+            if any(codes):
+                end = min(end, time.monotonic() + GRACE_S)
+            if time.monotonic() > deadline:
+                print(f"netlab.py: ended after {timeout_s:g} s", file=sys.stderr)
+                return 124
+            if time.monotonic() > end:
+                break
+        return int(any(code != 0 for code in codes))
+
+    def _command(self, node: int) -> list[str]:
+        lab = self._lab
+        return [
+            *("ip", "netns", "exec", lab.namespace(node), sys.executable, "-m", "torch.distributed.run"),
+            *(f"--nnodes={len(lab.rates)}", f"--nproc_per_node={self._procs}", "--max-restarts=0"),
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={lab.address(0)}:{RENDEZVOUS_PORT}"),
+            *(f"--rdzv-id=netlab{lab.id}", f"--local-addr={lab.address(node)}"),
+            # All namespaces have the same host name, so torchrun cannot see which of them hosts the store.
+            f"--rdzv-conf=is_host={int(node == 0)},join_timeout={JOIN_TIMEOUT_S}",
+            *self._script,
+        ]
+
+    def _say(self, node: int, lines: IO[str]) -> None:
+        log = open(self._log_dir / f"node{node}.log", "w", encoding="utf-8") if self._log_dir else None
+        for line in lines:
+            self._out.write(line if node == 0 else f"[node {node}] {line}")
+            self._out.flush()
+            if log is not None:
+                log.write(line)
+                log.flush()
+        if log is not None:
+            log.close()

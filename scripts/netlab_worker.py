@@ -1,0 +1,298 @@
+"""One worker of `netlab.py compare`, started by torchrun: measures the step times of all arms in turn.
+
+    torchrun ... netlab_worker.py settings.json result.json
+
+Computation is emulated, so that workers which share cores do not measure each other: a layer's forward and backward
+sleep, then the backward hands over gradients that lie ready. All else is real: communication, optimizers, copies.
+"""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from loguru import logger
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+
+from decent import AllReduceDP, DecentDP, World
+from optim import AccumAdamW
+from scripts.netlab_compare import Arm
+
+LR = 1e-4
+N_TOKENS = 2048  # rows of the emulated embedding
+SENT_BYTES = Path("/sys/class/net/eth0/statistics/tx_bytes")  # of this worker's node
+MIN_WARMUP_STEPS = 2
+
+
+class EmulatedGPT(nn.Module):
+    """An embedding and n_layers blocks with a GPT's parameters, 12 n_embd^2 in each block."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        c, n_layers = settings["n_embd"], settings["n_layers"]
+        block = [(3 * c, c), (c, c), (4 * c, c), (c, 4 * c), (c,), (c,)]
+        shapes = [[(N_TOKENS, c)], *[block] * n_layers]
+        self.layers = [nn.ParameterList(torch.randn(*shape) * 0.02 for shape in layer) for layer in shapes]
+        self.registered = nn.ModuleList(self.layers)
+        self.gradients: list[list[Tensor]] = []  # by layer, shared by all arms
+        self.forward_s = settings["forward_ms"] / 1e3 / n_layers  # of one block
+        self.backward_s = settings["backward_ms"] / 1e3 / n_layers
+        self.slowness = 1.0  # of this worker in this step
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (layer, gradients) in enumerate(zip(self.layers, self.gradients, strict=True)):
+            share = self.slowness if i else 0.0  # the embedding itself costs nothing
+            x = _Layer.apply(x, self.forward_s * share, self.backward_s * share, gradients, *layer)
+        return x
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, forward_s: float, backward_s: float, gradients: list[Tensor], *_: Tensor
+    ) -> Tensor:
+        ctx.backward_s, ctx.gradients = backward_s, gradients
+        time.sleep(forward_s)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        time.sleep(ctx.backward_s)
+        # A new view of each, which autograd keeps as p.grad; a tensor that others hold too would be copied.
+        return grad, None, None, None, *[g.view_as(g) for g in ctx.gradients]
+
+
+def nothing() -> None:
+    """For what an arm does not do."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An arm as the measurement sees it."""
+
+    arm: Arm
+    gpt: EmulatedGPT
+    model: nn.Module  # gpt or a wrapper of it
+    new_optimizer: Callable[[], Optimizer] | None  # None: the wrapper has its own
+    cycle: int = 1  # steps until the communication repeats
+    mix: Callable[[], None] = nothing
+    exchange: Callable[[], None] = nothing
+    exchange_alone: Callable[[], None] | None = None  # that of a whole cycle; None: there is none
+    drain: Callable[[], None] = nothing  # waits for what is still on its way
+
+    @property
+    def warmup_steps(self) -> int:
+        return -(-MIN_WARMUP_STEPS // self.cycle) * self.cycle
+
+
+def build(arm: Arm, settings: dict[str, Any], gradients: list[list[Tensor]], world: World) -> Contender:
+    """
+    Raises:
+        ValueError: this arm cannot run here, on no worker.
+    """
+    torch.manual_seed(0)
+    gpt = EmulatedGPT(settings)
+    gpt.gradients = gradients
+    base = partial(Contender, arm, gpt)
+    builders = {"pytorchddp": _pytorchddp, "localsgd": _localsgd, "decentdp": _decentdp, "decent-dp": _decent_dp}
+    if arm.family == "none":
+        return base(gpt, _optimizer(arm, gpt))
+    return builders[arm.family](arm, gpt, world, base)
+
+
+def _optimizer(arm: Arm, gpt: nn.Module) -> Callable[[], Optimizer]:
+    if arm.optimizer == "accumadamw":
+        return lambda: AccumAdamW(gpt.parameters(), lr=LR)
+    return lambda: AdamW(gpt.parameters(), lr=LR, fused=True)
+
+
+def _pytorchddp(arm: Arm, gpt: EmulatedGPT, world: World, base: Callable[..., Contender]) -> Contender:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+    if arm.variant == "4mb":
+        model: DistributedDataParallel = DistributedDataParallel(gpt, gradient_as_bucket_view=True, bucket_cap_mb=4)
+    else:
+        model = AllReduceDP(gpt, world.device)
+    dtype = torch.float32
+    if arm.variant == "16bit":
+        dtype = torch.float16  # torch refuses its bfloat16 hook on CPUs
+        model.register_comm_hook(dist.group.WORLD, fp16_compress_hook)
+    alone = torch.zeros(_numel(gpt), dtype=dtype)
+    return base(model, _optimizer(arm, gpt), exchange_alone=lambda: dist.all_reduce(alone))
+
+
+def _localsgd(arm: Arm, gpt: EmulatedGPT, _: World, base: Callable[..., Contender]) -> Contender:
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    def new_optimizer() -> Optimizer:
+        averager = PeriodicModelAverager(period=arm.every, warmup_steps=0)
+        return PostLocalSGDOptimizer(_optimizer(arm, gpt)(), averager)
+
+    alone = torch.zeros(_numel(gpt))
+    return base(gpt, new_optimizer, cycle=arm.every, exchange_alone=lambda: dist.all_reduce(alone))
+
+
+def _decentdp(arm: Arm, gpt: EmulatedGPT, world: World, base: Callable[..., Contender]) -> Contender:
+    assert arm.topology is not None
+    comm_dtype = torch.bfloat16 if arm.bf16 else None
+    model = DecentDP(gpt, arm.topology, world.local_world_size, comm_dtype=comm_dtype, gossip_every=arm.every)
+    cycle = model.topology.period * arm.every
+
+    def drain() -> None:
+        model._exchange.wait()  # the public ways, averaged() and consensus_distance(), would send more
+
+    def exchange_alone() -> None:
+        for _ in range(cycle):
+            model.mix()
+            model.exchange()
+        drain()
+
+    return base(model, _optimizer(arm, gpt), cycle, model.mix, model.exchange, exchange_alone, drain)
+
+
+def _decent_dp(arm: Arm, gpt: EmulatedGPT, world: World, base: Callable[..., Contender]) -> Contender:
+    assert arm.topology is not None
+    try:
+        from decent_dp.ddp import DecentralizedDataParallel  # pyright: ignore[reportMissingImports]
+        from decent_dp.optim import optim_fn_accum_adamw  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError("decent-dp is not installed: pip install decent-dp==0.2.3 --no-deps") from None
+    logger.disable("decent_dp")
+    if arm.topology == "alternating-exp-ring" and world.local_world_size == 1:
+        raise ValueError("decent-dp divides by zero in it with one worker on a node")
+    model = DecentralizedDataParallel(
+        gpt,
+        partial(optim_fn_accum_adamw, lr=LR) if arm.optimizer == "accumadamw" else _fused_adamw,
+        topology={"exp": "one-peer-exp"}.get(arm.topology, arm.topology),
+        _local_world_size=world.local_world_size,
+    )
+    cycle = len(model._topo._edges)
+    alone = torch.zeros(_numel(gpt))
+
+    def exchange_alone() -> None:
+        for step in range(cycle):
+            dist.all_reduce(alone, group=model._topo.get_edge(step).group)
+
+    def drain() -> None:
+        for work in model._comm_ops:
+            if work is not None:
+                work.wait()
+
+    return base(model, None, cycle, exchange_alone=exchange_alone, drain=drain)
+
+
+def _fused_adamw(named_parameters: list[tuple[str, Tensor]]) -> Optimizer:
+    return AdamW([p for _, p in named_parameters], lr=LR, fused=True)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def run_steps(contender: Contender, optimizer: Optimizer | None, slowness: list[float]) -> dict[str, float]:
+    """One training step for each entry, which says how many times as long this worker's computation takes; returns
+    the milliseconds per step in each phase."""
+    x = torch.zeros((), requires_grad=True)
+    total: dict[str, float] = dict.fromkeys(("compute", "mix", "optimizer", "exchange"), 0.0)
+    for contender.gpt.slowness in slowness:
+        t0 = time.perf_counter()
+        contender.model(x).backward()
+        t1 = time.perf_counter()
+        contender.mix()
+        t2 = time.perf_counter()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        t3 = time.perf_counter()
+        contender.exchange()
+        t4 = time.perf_counter()
+        for phase, seconds in zip(total, (t1 - t0, t2 - t1, t3 - t2, t4 - t3), strict=True):
+            total[phase] += 1e3 * seconds / len(slowness)
+    return total
+
+
+def measure_block(contender: Contender, settings: dict[str, Any], world: World, round_: int) -> dict[str, Any]:
+    """The raw numbers of one block: lists over workers, `sent_bytes` over nodes. A collective."""
+    optimizer = contender.new_optimizer() if contender.new_optimizer else None  # state only while it is needed
+    cycle = contender.cycle
+    n_steps = -(-settings["steps"] // cycle) * cycle
+    slowness = [slowness_of(world, round_, step, settings["straggler"]) for step in range(n_steps)]
+
+    dist.barrier()
+    sent = int(SENT_BYTES.read_text())
+    run_steps(contender, optimizer, [1.0] * contender.warmup_steps)
+    dist.barrier()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    phases_ms = run_steps(contender, optimizer, slowness)
+    ms, cpu_ms = (1e3 * t / n_steps for t in (time.perf_counter() - start, time.process_time() - cpu_start))
+    contender.drain()
+    dist.barrier()
+    # Of all steps, the warm-up too: the link still carries the last exchange when the clock stops.
+    sent = (int(SENT_BYTES.read_text()) - sent) / (contender.warmup_steps + n_steps)
+
+    exchange_ms = None
+    if contender.exchange_alone is not None:
+        dist.barrier()
+        start = time.perf_counter()
+        contender.exchange_alone()
+        exchange_ms = 1e3 * (time.perf_counter() - start) / cycle
+    own = {"ms": ms, "phases_ms": phases_ms, "cpu_ms": cpu_ms, "exchange_ms": exchange_ms, "sent_bytes": sent}
+    workers = world.gather(own)
+    block: dict[str, Any] = {"steps": n_steps, **{key: [worker[key] for worker in workers] for key in own}}
+    block["sent_bytes"] = block["sent_bytes"][:: world.local_world_size]  # a node's workers read the same counter
+    if exchange_ms is None:
+        block["exchange_ms"] = None
+    return block
+
+
+def slowness_of(world: World, round_: int, step: int, straggler: float) -> float:
+    """`straggler` for the worker that is drawn in this step, the same in all arms; 1 for the others."""
+    return straggler if random.Random(1000 * round_ + step).randrange(world.world_size) == world.rank else 1.0
+
+
+def main() -> None:
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    world = World.from_env()
+    if world.rank != 0:
+        logger.remove()  # one worker says it for all
+    with world.connected():
+        result = measure(settings, world)
+        if world.rank == 0:
+            Path(sys.argv[2]).write_text(json.dumps(result))
+        dist.barrier()
+
+
+def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
+    gradients = [[torch.randn_like(p) * 1e-3 for p in layer] for layer in EmulatedGPT(settings).layers]
+    contenders, arms, skipped = [], [], []
+    for arm in (Arm(**arm) for arm in settings["arms"]):
+        try:
+            contenders.append(build(arm, settings, gradients, world))
+            arms.append({"name": arm.name, "blocks": []})
+        except ValueError as error:
+            skipped.append({"name": arm.name, "skipped": str(error)})
+    for round_ in range(settings["rounds"]):
+        for contender, arm in zip(contenders, arms, strict=True):
+            block = measure_block(contender, settings, world, round_)
+            arm["blocks"].append(block)
+            if world.rank == 0:
+                ms = sum(block["ms"]) / len(block["ms"])
+                print(f"round {round_ + 1}/{settings['rounds']}  {arm['name']}: {ms:.0f} ms/step", flush=True)
+    parameters = sum(gradient.numel() for layer in gradients for gradient in layer)
+    return {"parameters": parameters, "arms": arms, "skipped": skipped}
+
+
+if __name__ == "__main__":
+    main()

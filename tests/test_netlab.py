@@ -1,0 +1,282 @@
+"""scripts/netlab.py: its pure parts, what it says to mistakes, and one real lab."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from scripts import netlab, netlab_cluster, netlab_compare
+
+SCRIPT = Path(netlab.__file__)
+TINY = ("--n-layers", "2", "--n-embd", "64", "--compute-ms", "30")
+TINY_BYTES = 4 * (2048 * 64 + 2 * (12 * 64 * 64 + 2 * 64))  # float32: embedding, two blocks
+
+
+def cannot_build_a_lab() -> str | None:
+    try:
+        netlab_cluster.require_root_and_iproute2()
+        netlab_cluster._tool("unshare", "--net", "true")
+    except (netlab_cluster.LabError, OSError) as error:
+        return str(error)
+    return None
+
+
+OBSTACLE = cannot_build_a_lab()
+needs_lab = pytest.mark.skipif(OBSTACLE is not None, reason=f"no lab: {OBSTACLE}")
+
+
+def run_netlab(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+def namespaces() -> set[str]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[0] for line in listed.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("text", "bits_per_s"),
+    [("200mbit", 200e6), ("1gbit", 1e9), ("1.5Gbit", 1.5e9), ("64kbit", 64e3), ("8000bit", 8e3), ("unlimited", None)],
+)
+def test_a_rate_is_read_in_bits_per_second(text: str, bits_per_s: float | None) -> None:
+    assert netlab.parse_rates(f"{text},1mbit") == [(text, bits_per_s), ("1mbit", 1e6)]
+
+
+@pytest.mark.parametrize("text", ["", "200", "fast", "0mbit", "-1mbit", "1.2.3mbit", "200mbit,", "25MB"])
+def test_what_is_no_rate_is_an_error_that_quotes_it(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a bandwidth"):
+        netlab.parse_rates(text)
+
+
+def test_an_arm_is_read_from_its_name() -> None:
+    arm = netlab_compare.parse_arm("alternating-exp-ring_bf16_every8_adamw")
+    assert (arm.family, arm.topology, arm.optimizer) == ("decentdp", "alternating-exp-ring", "adamw")
+    assert (arm.bf16, arm.every) == (True, 8)
+    arm = netlab_compare.parse_arm("decent-dp_exp")
+    assert (arm.family, arm.topology, arm.optimizer, arm.bf16, arm.every) == (
+        "decent-dp",
+        "exp",
+        "accumadamw",
+        False,
+        1,
+    )
+    assert netlab_compare.parse_arm("localsgd8").every == 8
+
+
+def test_every_listed_arm_has_a_name_that_can_be_read() -> None:
+    assert [arm.name for arm in netlab_compare.parse_arms("all")] == list(netlab_compare.ALL_ARMS)
+    assert set(netlab_compare.DEFAULT_ARMS) <= set(netlab_compare.ALL_ARMS)
+    assert [arm.name for arm in netlab_compare.parse_arms("exp,none,exp")] == ["exp", "none"]
+
+
+def test_the_hidden_share_is_what_the_step_did_not_wait_for() -> None:
+    assert netlab_compare.hidden_share(400, 300, 400) == pytest.approx(0.75)
+    assert netlab_compare.hidden_share(290, 300, 400) == 1  # a fast block, not more than all
+    assert netlab_compare.hidden_share(900, 300, 400) == 0
+    assert netlab_compare.hidden_share(400, None, 400) is None
+    assert netlab_compare.hidden_share(300, 300, None) is None
+
+
+def measured(name: str, ms: list[float], exchange_ms: float | None = None, sent: float = 0) -> dict[str, Any]:
+    """Raw numbers of two workers on two nodes, the second 20 ms slower; one block for each of `ms`."""
+    exchange = None if exchange_ms is None else [exchange_ms, exchange_ms]
+    block = {"exchange_ms": exchange, "sent_bytes": [sent, sent + 2e6]}
+    return {"name": name, "blocks": [{"ms": [x - 10, x + 10], **block} for x in ms]}
+
+
+@pytest.fixture
+def scenario() -> dict[str, Any]:
+    arms = [
+        measured("none", [300, 310, 290]),
+        measured("pytorchddp", [1200, 1000, 1100], 700, 40e6),
+        measured("pytorchddp_4mb", [900, 990, 880], 700, 40e6),
+        measured("exp_bf16", [450, 440, 480], 600, 19e6),
+    ]
+    skipped = [{"name": "complete_bf16", "skipped": "cannot send bfloat16"}]
+    return {"bandwidth": "300mbit", "parameters": 10_500_000, "arms": arms, "skipped": skipped}
+
+
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    return netlab_compare.settings(netlab.parse_args(["compare", "--nodes", "4", "--straggler", "2"]))
+
+
+def test_the_faster_ddp_is_the_reference_and_medians_are_over_blocks(scenario: dict[str, Any]) -> None:
+    results = {result.arm: result for result in netlab_compare.summarize(scenario["arms"])}
+    assert results["exp_bf16"] == netlab_compare.Result(
+        "exp_bf16", step_ms=450, best_ms=440, exchange_ms=600, speedup=2.0, hidden=0.75, sent_bytes=20e6
+    )
+    assert results["pytorchddp_4mb"].speedup == 1.0
+    assert results["pytorchddp"].speedup == pytest.approx(900 / 1100)
+    assert results["none"].hidden is None
+
+
+def test_the_table_holds_the_numbers_and_what_was_skipped(scenario: dict[str, Any], settings: dict[str, Any]) -> None:
+    lines = netlab_compare.table(scenario, settings).splitlines()
+    assert lines[1] == (
+        "300mbit: 4 nodes x 1, 10.5M parameters (42.0 MB), computation 345 ms (emulated), one random worker 2x slower "
+        "each step"
+    )
+    row = next(line for line in lines if "exp_bf16" in line)
+    assert [cell.strip() for cell in row.split("|")] == ["", "exp_bf16", "450 (440)", "2.00", "600", "75%", "20.0", ""]
+    assert len({len(line) for line in lines if line.startswith("|")}) == 1
+    assert lines[-1] == "complete_bf16: cannot send bfloat16"
+
+
+def test_without_the_arms_to_compare_with_the_table_has_gaps(scenario: dict[str, Any]) -> None:
+    (alone,) = netlab_compare.summarize([arm for arm in scenario["arms"] if arm["name"] == "exp_bf16"])
+    assert (alone.speedup, alone.hidden) == (None, None)
+
+
+def test_the_image_has_a_panel_for_each_bandwidth(
+    tmp_path: Path, scenario: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    machine = netlab_compare.describe_machine()
+    sizes = []
+    for n in (1, 2):
+        path = tmp_path / f"{n}.png"
+        netlab_compare.draw({**machine, "settings": settings, "scenarios": [scenario] * n}, path)
+        image = matplotlib.image.imread(path)
+        assert image.std() > 0.05  # it is not empty
+        sizes.append(image.shape[1])
+    assert sizes[1] > 1.5 * sizes[0]
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    assert not {"torch", "matplotlib"} & modules_after("scripts.netlab")
+    assert "compare" in run_netlab("--help").stdout
+
+
+def modules_after(module: str) -> set[str]:
+    code = f"import sys, {module}; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--nodes", "3", "--bandwidth", "1gbit,1gbit", "--", "x.py"], "2 bandwidths for 3 nodes"),
+        (["run", "--nodes", "2"], "no script"),
+        (["run", "--env", "x", "--", "x.py"], "'x' is not NAME=VALUE"),
+        (["compare", "--nodes", "0"], "'0' is not a number from 1 to 200"),
+        (["compare", "--arms", "exp_fp8"], "no arm is called 'exp_fp8'; there are none,"),
+        (["compare", "--straggler", "0.5"], "0.5 is not a number from 1 on"),
+        (["compare", "--steps", "0"], "0 is not a whole number from 1 on"),
+        (["compare", "--json", "/nowhere/x.json"], "there is no directory /nowhere"),
+        (["compare", "--bandwidth", "fast"], "'fast' is not a bandwidth"),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        netlab.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_root_it_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    assert netlab.main(["clean"]) == 2
+    assert capsys.readouterr().err == (
+        "netlab.py: needs root, to make network namespaces: run it with sudo, or in a privileged container\n"
+    )
+
+
+def test_without_iproute2_it_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda tool: None if tool == "tc" else tool)
+    assert netlab.main(["clean"]) == 2
+    assert capsys.readouterr().err == "netlab.py: tc not found: install iproute2 (apt-get install iproute2)\n"
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    before = namespaces()
+    yield
+    assert {name for name in namespaces() - before if name.startswith("nl")} == set()
+
+
+@needs_lab
+@pytest.mark.dist
+@pytest.mark.usefixtures("nothing_left")
+def test_bytes_on_the_links_are_those_of_the_algorithms(tmp_path: Path) -> None:
+    result = run_netlab(
+        *("compare", "--nodes", 2, "--bandwidth", "200mbit", "--arms", "none,pytorchddp,exp_adamw", "--rounds", 1),
+        *("--json", tmp_path / "c.json", *TINY),
+    )
+    assert result.returncode == 0, result.stderr
+    assert [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")][2:] == [
+        "none",
+        "pytorchddp",
+        "exp_adamw",
+    ]
+    (scenario,) = json.loads((tmp_path / "c.json").read_text())["scenarios"]
+    sent = {arm.arm: arm.sent_bytes for arm in netlab_compare.summarize(scenario["arms"])}
+    assert sent["none"] < 0.01 * TINY_BYTES
+    # An all-reduce of S bytes over two nodes, and the exchange of a pair: S from each.
+    assert sent["pytorchddp"] == pytest.approx(TINY_BYTES, rel=0.1)
+    assert sent["exp_adamw"] == pytest.approx(TINY_BYTES, rel=0.1)
+
+
+@needs_lab
+@pytest.mark.fault
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_lab_that_is_told_to_stop_leaves_no_namespace_and_no_process(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    script = tmp_path / "wait.py"
+    script.write_text("import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(1000)\n")
+    command = [sys.executable, str(SCRIPT), "run", "--nodes", "2", "--", str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as lab:
+        assert lab.stdout is not None
+        worker = next(int(line.split()[-1]) for line in lab.stdout if "pid" in line)
+        assert f"nl{lab.pid}n1" in namespaces()
+        lab.send_signal(number)
+        assert lab.wait(timeout=30) == code
+    assert not Path("/proc", str(worker)).exists()
+
+
+@needs_lab
+@pytest.mark.fault
+@pytest.mark.usefixtures("nothing_left")
+def test_a_script_that_fails_ends_the_lab_and_its_output_is_shown(tmp_path: Path) -> None:
+    script = tmp_path / "fail.py"
+    script.write_text(
+        "import os, time\nif os.environ['RANK'] == '1':\n    raise RuntimeError('no luck')\ntime.sleep(99)\n"
+    )
+    start = time.monotonic()
+    result = run_netlab("run", "--nodes", 2, "--log-dir", tmp_path, "--", script)
+    assert result.returncode == 1
+    assert "no luck" in result.stdout
+    assert "no luck" in (tmp_path / "node1.log").read_text() + (tmp_path / "node0.log").read_text()
+    assert time.monotonic() - start < 60
+
+
+@needs_lab
+@pytest.mark.fault
+@pytest.mark.usefixtures("nothing_left")
+def test_clean_removes_the_labs_of_the_dead_only() -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    with netlab_cluster.Lab([netlab.parse_rate("unlimited")]) as alive:
+        dead = netlab_cluster.Lab([netlab.parse_rate("1gbit")], lab_id=str(gone.pid)).__enter__()
+        assert run_netlab("clean").stdout == f"removed lab {dead.id}\n"
+        assert alive.namespace(0) in namespaces()
+        assert dead.namespace(0) not in namespaces()
