@@ -65,6 +65,9 @@ class LRSchedule(Section):
 class TrainConfig(Section):
     backend: Backend = "decentdp"
     topology: TopologyName = "alternating-exp-ring"  # decentdp: who averages with whom
+    comm_dtype: Literal["float32", "bfloat16"] = "float32"  # decentdp: what travels between pairs and between nodes
+    gossip_every: Count = 1  # decentdp: steps between two exchanges; each hides behind that many steps
+    timeout_s: Positive = 600.0  # how long a worker waits for another one before it gives up
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     global_batch_size: Count = 480  # sequences per step, over all workers
     micro_batch_size: Count | None = None  # sequences per forward and backward; None: a worker's whole share
@@ -81,6 +84,16 @@ class TrainConfig(Section):
         if self.lr_schedule.warmup_steps >= self.n_steps:
             raise ValueError(
                 f"lr_schedule.warmup_steps = {self.lr_schedule.warmup_steps} must be below n_steps = {self.n_steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _exchange_is_possible(self) -> "TrainConfig":
+        if self.backend != "decentdp" and (self.comm_dtype != "float32" or self.gossip_every != 1):
+            raise ValueError(f'comm_dtype and gossip_every are of backend = "decentdp", not "{self.backend}"')
+        if self.comm_dtype != "float32" and self.topology == "complete":
+            raise ValueError(
+                f'comm_dtype = "{self.comm_dtype}" does not go with topology = "complete": use "exp" or "ring"'
             )
         return self
 
@@ -184,7 +197,9 @@ def _in_one_line(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _known_keys(Config), n=1)
+        known = _known_keys(Config)
+        in_another_table = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+        near = in_another_table or difflib.get_close_matches(key, known, n=1)
         return f"unknown key {key}" + (f'; did you mean "{near[0]}"?' if near else "") + more
     if first["type"] == "value_error":
         return f"{key}.{first['msg'].removeprefix('Value error, ')}{more}"

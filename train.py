@@ -27,7 +27,7 @@ from tqdm import tqdm
 from config import Config, load_config
 from data import TokenDataset, prefetch
 from data.loader import Split
-from decent import AllReduceDP, DecentDP, SetupError, World, build_topology
+from decent import AllReduceDP, DecentDP, PeerError, SetupError, World, build_topology
 from model import GPT
 from optim import build_optimizer, lr_at
 
@@ -51,24 +51,29 @@ def main() -> int:
     logger.remove()
     if world.rank == 0:  # through tqdm, so that lines and the progress bar do not tear each other
         logger.add(lambda line: tqdm.write(line, file=sys.stderr, end=""), format=LOG_FORMAT)
-    with world.connected():
+    try:
+        cfg = load_config(args.config, args.overrides)
+    except ValueError as error:
+        cfg = error  # raised when the workers have met, for then all end with it
+    with world.connected(cfg.train.timeout_s if isinstance(cfg, Config) else None):
         try:
-            cfg, dataset, run_dir = prepare(world, args.config, args.overrides)
+            cfg, dataset, run_dir = prepare(world, cfg)
             train(world, cfg, dataset, run_dir)
         except SetupError as error:
             logger.error(error)  # rank 0 speaks for all
             world.gather(None)  # nobody leaves before it has: torchrun ends the others with the first
             return 2
-        except NonFiniteLoss as error:
+        except (NonFiniteLoss, PeerError) as error:
             print(f"rank {world.rank}: {error}", file=sys.stderr)
             return 1
     return 0
 
 
-def prepare(world: World, config: str, overrides: list[str]) -> tuple[Config, TokenDataset, Path]:
+def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDataset, Path]:
     """Everything that a user can have got wrong is found here, on all workers at once and before a file is written."""
     with world.failing_together():
-        cfg = load_config(config, overrides)
+        if isinstance(cfg, ValueError):
+            raise cfg
         cfg.train.micro_batches(world.world_size)
         if cfg.train.backend == "decentdp":
             build_topology(cfg.train.topology, world.world_size, world.local_world_size)
@@ -145,7 +150,15 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> No
 def wrap(gpt: GPT, cfg: Config, world: World) -> DecentDP | AllReduceDP:
     """The data parallel model: either way it has the verbs mix, exchange, averaged and no_sync."""
     if cfg.train.backend == "decentdp":
-        return DecentDP(gpt, cfg.train.topology, world.local_world_size)
+        comm_dtype = None if cfg.train.comm_dtype == "float32" else getattr(torch, cfg.train.comm_dtype)
+        return DecentDP(
+            gpt,
+            cfg.train.topology,
+            world.local_world_size,
+            comm_dtype,
+            cfg.train.gossip_every,
+            cfg.train.timeout_s,
+        )
     return AllReduceDP(gpt, world.device)
 
 

@@ -3,6 +3,6 @@
 from decent.allreduce_dp import AllReduceDP
 from decent.decent_dp import DecentDP
 from decent.topology import Topology, build_topology
-from decent.world import SetupError, World
+from decent.world import PeerError, SetupError, World
 
-__all__ = ["AllReduceDP", "DecentDP", "SetupError", "Topology", "World", "build_topology"]
+__all__ = ["AllReduceDP", "DecentDP", "PeerError", "SetupError", "Topology", "World", "build_topology"]

@@ -9,7 +9,7 @@
 No autograd hooks: all parameters are views of one flat buffer per dtype, which an exchange reads between two steps.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.profiler import record_function
 
 from decent.exchange import Exchange
 from decent.topology import build_topology
-from decent.world import World
+from decent.world import PeerError, World
 
 ALIGNMENT_BYTES = 128  # of each parameter in the flat buffer, as kernels with vector loads want it
 
@@ -34,7 +34,7 @@ class DecentDP(nn.Module):
     comm_dtype, if given, is the dtype in which parameters travel between pairs, and between nodes where whole nodes
     average; the mean over the workers does not feel the rounding. gossip_every = k > 1 exchanges a snapshot s of every
     k-th step, hidden behind k steps of local training: x_i <- x_i + sum_j W[i, j] s_j - s_i. It costs one more copy of
-    the parameters.
+    the parameters. timeout_s: how long mix waits for another worker; None is PyTorch's default.
 
     Raises:
         ValueError: there is no such topology, it does not fit the world, or it cannot be rounded to comm_dtype.
@@ -47,6 +47,7 @@ class DecentDP(nn.Module):
         local_world_size: int | None = None,
         comm_dtype: torch.dtype | None = None,
         gossip_every: int = 1,
+        timeout_s: float | None = None,
     ) -> None:
         super().__init__()
         if gossip_every < 1:
@@ -59,7 +60,9 @@ class DecentDP(nn.Module):
         self._flat = flatten_parameters_(module, multiple_of=local_world_size)  # one 1-D buffer per dtype
         self._addresses = [p.data_ptr() for p in module.parameters()]
         self._statistics = [b for b in module.buffers() if b.is_floating_point()]  # as of batch norm
-        self._exchange = Exchange(self.topology, self._flat, comm_dtype=comm_dtype, snapshot=gossip_every > 1)
+        self._exchange = Exchange(
+            self.topology, self._flat, comm_dtype=comm_dtype, snapshot=gossip_every > 1, timeout_s=timeout_s
+        )
         self._mixed = True  # whose turn it is: False after exchange(), until mix()
         self._inside_averaged = False  # inside averaged()
         for tensor in [*self._flat, *module.buffers()]:
@@ -77,7 +80,7 @@ class DecentDP(nn.Module):
         self._check_usable()
         self._mixed = True
         if (self.step + 1) % self.gossip_every == 0:
-            with record_function("gossip.mix"):
+            with record_function("gossip.mix"), self._naming(self._exchange.peers):
                 self._exchange.finish_()
 
     def exchange(self) -> None:
@@ -95,11 +98,13 @@ class DecentDP(nn.Module):
         """Inside the block the module is the exact mean of all workers' models, the same on each; after it every
         worker has its own parameters and statistics back, bit by bit, and the exchange in flight keeps its values."""
         self._check_usable()
-        self._exchange.wait()  # it reads the buffers that change now
         tensors = [*self._flat, *self._statistics]
+        with self._naming(self._exchange.peers):
+            self._exchange.wait()  # it reads the buffers that change now
         own = [t.clone() for t in tensors]
-        for t in tensors:
-            _mean_over_workers_(t)
+        with self._naming(range(dist.get_world_size())):
+            for t in tensors:
+                _mean_over_workers_(t)
         self._inside_averaged = True
         try:
             yield
@@ -122,6 +127,16 @@ class DecentDP(nn.Module):
             squares += torch.linalg.vector_norm(mean.sub_(x), dtype=torch.float64) ** 2
         _mean_over_workers_(squares)
         return squares.sqrt().item()
+
+    @contextmanager
+    def _naming(self, peers: Iterable[int]) -> Generator[None]:
+        """Adds to what the backend says of a failed collective whom this worker waited for, and when."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            ranks = ", ".join(str(rank) for rank in peers if rank != dist.get_rank())
+            raise PeerError(f"step {self.step}: waited in vain for rank {ranks}: {reason}") from error
 
     def _check_usable(self) -> None:
         if self._inside_averaged:

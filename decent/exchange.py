@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -67,7 +68,8 @@ class Exchange:
 
     A buffer is 1-D and divisible by the local world size. comm_dtype: what pairs send, Q(x), is rounded to it, and the
     average is x_i + (Q(x_j) - Q(x_i)) / 2, so that rounding moves no mean. snapshot: an exchange works on a copy, and
-    buffers may change meanwhile; without, nothing may write to them between `start` and `wait` or `finish_`.
+    buffers may change meanwhile; without, nothing may write to them between `start` and `wait` or `finish_`. timeout_s:
+    after which a peer that does not answer is an error; None is PyTorch's default.
 
     Raises:
         ValueError: a round of `topology` cannot be rounded to comm_dtype.
@@ -80,6 +82,7 @@ class Exchange:
         *,
         comm_dtype: torch.dtype | None = None,
         snapshot: bool = False,
+        timeout_s: float | None = None,
     ) -> None:
         if comm_dtype is not None and topology.name == "complete":
             # Rounding inside an all-reduce would move the mean in every step, by as much as an update does.
@@ -92,10 +95,12 @@ class Exchange:
         self._sources = [b.clone() for b in buffers] if snapshot else buffers  # what is sent
         self._averages = [torch.empty_like(b) for b in buffers]  # after wait(): W x, or W s - s of snapshots s
         # gloo matches calls by their order, which a thread of its own cannot share with the rest of the program.
-        self._everyone: Any = dist.new_group() if dist.get_backend() == "gloo" else dist.group.WORLD
+        timeout = timedelta(seconds=timeout_s) if timeout_s else None
+        gloo = dist.get_backend() == "gloo"
+        self._everyone: Any = dist.new_group(timeout=timeout) if gloo else dist.group.WORLD
         # All ranks create all groups in the same order, also those that they are not in.
         self._groups: dict[tuple[int, ...], Any] = {
-            ranks: self._everyone if len(ranks) == topology.world_size else dist.new_group(list(ranks))
+            ranks: self._everyone if len(ranks) == topology.world_size else dist.new_group(list(ranks), timeout)
             for ranks in plan_groups(topology)
         }
         self._route: Route | None = None  # of the exchange in flight
@@ -112,6 +117,13 @@ class Exchange:
                 source.copy_(x)
         self._background.run(lambda: self._average(route))
 
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """The ranks that the exchange in flight waits for, sorted."""
+        if self._route is None:
+            return ()
+        return tuple(sorted({*self._route.group, *self._route.node} - {self._rank}))
+
     def wait(self) -> None:
         """Until the averages are there and the buffers are free again. Raises what the exchange raised. Idempotent."""
         self._background.wait()
@@ -119,10 +131,10 @@ class Exchange:
     @torch.no_grad()
     def finish_(self) -> None:
         """x <- W x, or x <- x + W s - s of the snapshot s, once for each start; nothing when none was started."""
-        route, self._route = self._route, None
-        if route is None or route.kind == "stay":
+        if self._route is None or self._route.kind == "stay":
             return
         self.wait()
+        self._route = None
         for x, source, average in zip(self._buffers, self._sources, self._averages, strict=True):
             if source is x:
                 x.copy_(average)

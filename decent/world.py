@@ -5,6 +5,7 @@ import socket
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,10 @@ T = TypeVar("T")
 
 class SetupError(ValueError):
     """A user's mistake that every worker knows of by now; the message is one line."""
+
+
+class PeerError(RuntimeError):
+    """Another worker did not do its part: it died, or it did not answer in time; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +59,22 @@ class World:
         )
 
     @contextmanager
-    def connected(self) -> Generator[None]:
-        """The process group, nccl on GPUs and gloo on CPUs, for as long as the block runs."""
+    def connected(self, timeout_s: float | None = None) -> Generator[None]:
+        """The process group, nccl on GPUs and gloo on CPUs, for as long as the block runs.
+
+        timeout_s: how long its members wait for each other; None is PyTorch's default.
+        """
+        timeout = timedelta(seconds=timeout_s) if timeout_s else None
         # A world of one needs no rendezvous, and then neither ports nor host names can be in its way.
         store = dist.HashStore() if self.world_size == 1 else None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            dist.init_process_group(
-                "nccl", store=store, rank=self.rank, world_size=self.world_size, device_id=self.device
-            )
+            backend, device_id = "nccl", self.device
         else:
-            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world_size)
+            backend, device_id = "gloo", None
+        dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world_size, device_id=device_id
+        )
         try:
             yield
         finally:

@@ -2,6 +2,9 @@
 
 import functools
 import math
+import os
+import signal
+import time
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from workers import WorkerError, run_workers
 
-from decent import DecentDP, World, build_topology
+from decent import DecentDP, PeerError, World, build_topology
 from decent.exchange import plan_groups, plan_route
 from decent.simulate import simulate, stack_parameters
 from optim import AccumAdamW
@@ -373,6 +376,38 @@ def misuse(kind: str) -> str:
 def test_misuse_is_refused_in_words(kind: str, message: str) -> None:
     (text,) = run_workers(1, misuse, kind)
     assert message in text
+
+
+def lose_rank_1_in_step_3(how: str) -> str:
+    rank = World.from_env().rank
+    module = Net(0)
+    model = DecentDP(module, "ring", timeout_s=3)
+    optimizer = make_optimizer("adamw", module)
+    try:
+        for step in range(8):
+            if rank == 1 and step == 3:
+                if how == "dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(6)
+                return "slept"
+            one_step(model, optimizer, rank, step)
+    except PeerError as error:
+        if how == "dies":
+            raise  # for the harness to report, which cannot do without a rank
+        return str(error)
+    return "nothing was noticed"
+
+
+@pytest.mark.fault
+def test_a_worker_that_hangs_is_named_with_the_step_by_those_that_wait_for_it() -> None:
+    found, _ = run_workers(2, lose_rank_1_in_step_3, "hangs")
+    assert found.startswith("step 4: waited in vain for rank 1: ")  # what rank 1 sent after step 2 was still there
+
+
+@pytest.mark.fault
+def test_a_worker_that_dies_is_named_with_the_step_by_those_that_wait_for_it() -> None:
+    with pytest.raises(WorkerError, match=r"rank 0: (.|\n)*PeerError: step [34]: waited in vain for rank 1: "):
+        run_workers(2, lose_rank_1_in_step_3, "dies")
 
 
 # The plan: pure ------------------------------------------------------------------------------------------------------
