@@ -1,0 +1,582 @@
+"""train.py as a user starts it: the run directory, the laws of training that a whole run must keep, and every mistake.
+
+Most runs fork from a server that has imported torch and wandb once (0.3 s instead of 3 s each); a run that starts as
+`python train.py` and those under torchrun must give the same.
+"""
+
+import json
+import math
+import os
+import re
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from config import ModelConfig, load_config
+from data import TokenDataset
+from model import GPT
+from optim import lr_at
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB_SIZE, CONTEXT_LENGTH, BATCH_SIZE, EVAL_STEPS = 300, 16, 8, 2
+STAMP = r"\[\d\d:\d\d:\d\d  INFO\] "
+EVALUATION = re.compile(
+    STAMP + r"Step (\d+), Val loss: (\d+\.\d{6}), Train loss: (\d+\.\d{6}), "
+    r"Train time: (\d+\.\d{3}) s \((\d+\.\d{3}) ms/step\), Total train time: (\d+\.\d{3}) s"
+)
+TIMES = {"train_time_s", "ms_per_step", "total_train_time_s", "tokens_per_s"}
+
+CONFIG = f"""
+log_dir = "./log"
+dataset = "sotu"
+in_memory = false
+[log]
+wandb_log = false
+eval_interval = 5
+eval_steps = {EVAL_STEPS}
+[train]
+topology = "exp"
+global_batch_size = {BATCH_SIZE}
+context_length = {CONTEXT_LENGTH}
+n_steps = 12
+compile = false
+amp = false
+[train.optim]
+accum_steps = 2
+[train.lr_schedule]
+lr = 1e-2
+warmup_steps = 2
+eta_min = 1e-3
+[model]
+n_layers = 1
+n_heads = 2
+n_embd = 16
+vocab_size = {VOCAB_SIZE}
+"""
+
+SERVER = """
+import json, os, runpy, signal, sys, time
+import loguru, numpy, pydantic, torch.distributed, torch.nn.parallel, tqdm, wandb
+import torch._dynamo  # the first step of any optimizer imports it
+
+for line in sys.stdin:
+    timeout_s, workers = json.loads(line)
+    running, codes = {}, {}
+    for rank, (argv, env, cwd, output, first) in enumerate(workers):
+        if pid := os.fork():
+            running[pid] = rank
+            continue
+        os.environ.clear()
+        os.environ.update(env)
+        os.chdir(cwd)
+        for fd, path in enumerate([os.devnull, output + ".out", output + ".err"]):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
+        sys.argv = argv
+        sys.path.insert(0, os.path.dirname(argv[0]))
+        exec(first)
+        runpy.run_path(argv[0], run_name="__main__")
+        sys.exit()
+    deadline = time.monotonic() + timeout_s
+    while running:
+        for pid in list(running):
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    print(json.dumps([codes[rank] for rank in range(len(workers))]), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What n workers left: exit codes (-9: killed, since they hung) and stderr by rank, and the log_dir."""
+
+    codes: list[int]
+    errors: list[str]
+    log_dir: Path
+
+    @property
+    def dir(self) -> Path:
+        (folder,) = self.log_dir.iterdir()
+        return folder
+
+    @property
+    def log(self) -> list[str]:
+        return (self.dir / "train.log").read_text().splitlines()
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def losses(self) -> list[tuple[float, float]]:
+        return [(metrics["val_loss"], metrics["train_loss"]) for metrics in self.metrics]
+
+
+class Launcher:
+    """Starts train.py in folders of their own, each the working directory of one run, beside one small corpus."""
+
+    def __init__(self, folder: Path, server: "subprocess.Popen[str]") -> None:
+        self.folder, self.server = folder, server
+        self.n_runs = 0
+        self.config = folder / "small.toml"
+        self.config.write_text(CONFIG)
+        self.corpus = folder / "sotu"
+        self.corpus.mkdir()
+        rng = np.random.default_rng(0)
+        for split, n_tokens in (("train", 4000), ("val", 1000)):  # skewed, so that there is something to learn
+            ids = rng.zipf(1.5, n_tokens).clip(1, VOCAB_SIZE) - 1
+            ids.astype("<u2").tofile(self.corpus / f"{split}.bin")
+
+    def place(self) -> Path:
+        self.n_runs += 1
+        place = self.folder / str(self.n_runs)
+        place.mkdir()
+        return place
+
+    def arguments(self, config: Path | None, overrides: tuple[str, ...]) -> list[str]:
+        return [str(ROOT / "train.py"), str(config or self.config), f"data_dir={self.corpus}", *overrides]
+
+    def environment(self, place: Path, env: dict[str, str] | None) -> dict[str, str]:
+        """Ours, without what a cluster, a torchrun or a login around these tests would add."""
+        foreign = re.compile(r"WANDB|SLURM|TORCHELASTIC|MASTER_|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)")
+        ours = {key: value for key, value in os.environ.items() if not foreign.match(key)}
+        return {**ours, "HOME": str(place), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+
+    def run(
+        self,
+        *overrides: str,
+        n: int = 1,
+        nodes: int = 1,
+        config: Path | None = None,
+        env: dict[str, str] | None = None,
+        last_rank: tuple[str, ...] = (),
+        first: str = "",
+        timeout_s: float = 60,
+    ) -> Run:
+        """n workers; last_rank: overrides of that one alone; first: Python that each runs before train.py."""
+        place = self.place()
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun does
+        workers = []
+        for rank in range(n):
+            variables = self.environment(place, env)
+            if n > 1:
+                variables |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank % (n // nodes))}
+                variables |= {"LOCAL_WORLD_SIZE": str(n // nodes), "MASTER_ADDR": "127.0.0.1"}
+                variables |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+                variables |= {"TORCHELASTIC_RESTART_COUNT": "0"}
+            argv = self.arguments(config, overrides + (last_rank if rank == n - 1 else ()))
+            workers.append([argv, variables, str(place), str(place / f"rank{rank}"), first])
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps([timeout_s, workers]) + "\n")
+        self.server.stdin.flush()
+        assert select.select([self.server.stdout], [], [], timeout_s + 20)[0], "the server of the workers hangs"
+        codes = json.loads(self.server.stdout.readline())
+        return Run(codes, [(place / f"rank{rank}.err").read_text() for rank in range(n)], place / "log")
+
+    def start(
+        self, *overrides: str, n: int | None = None, config: Path | None = None, env: dict[str, str] | None = None
+    ) -> "tuple[subprocess.Popen[str], Path]":
+        """A run in processes of its own, with its log_dir: under torchrun if n is given, else `python train.py`."""
+        place = self.place()
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n else []
+        command = [sys.executable, *launcher, *self.arguments(config, overrides)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, cwd=place, env=self.environment(place, env), stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+        return process, place / "log"
+
+
+def finish(process: "subprocess.Popen[str]", log_dir: Path, timeout_s: float = 60) -> Run:
+    with process:
+        try:
+            _, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its workers too
+            raise
+    return Run([process.returncode], [errors], log_dir)
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    command = [sys.executable, "-c", SERVER]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as server:
+        yield Launcher(tmp_path_factory.mktemp("train"), server)
+
+
+# --- A run and what it leaves ---
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(backend, name) for backend in ("decentdp", "pytorchddp") for name in ("accumadamw", "adamw")],
+    ids="-".join,
+)
+def finished(launcher: Launcher, request: pytest.FixtureRequest) -> Run:
+    backend, optimizer = request.param
+    overrides = (f"train.backend={backend}", f"train.optim.name={optimizer}")
+    env = {"SLURM_JOB_ID": "3197816"}
+    if request.param == ("decentdp", "accumadamw"):
+        return finish(*launcher.start(*overrides, env=env))
+    return launcher.run(*overrides, env=env)
+
+
+def test_a_run_ends_with_exit_code_0_and_all_files_under_the_slurm_job_id(finished: Run) -> None:
+    assert finished.codes == [0], finished.errors
+    assert finished.dir.name == "3197816"
+    assert {path.name for path in finished.dir.iterdir()} >= {
+        "train.log",
+        "config.toml",
+        "metrics.jsonl",
+        "best_model.pth",
+    }
+    assert not list(finished.dir.glob("*.tmp"))
+
+
+def test_train_log_is_what_rank_0_said(finished: Run) -> None:
+    assert finished.log == finished.errors[0].splitlines()
+    assert all(re.match(STAMP + r"\S", line) for line in finished.log)
+
+
+def test_evaluation_lines_have_the_one_format_and_are_at_the_interval_and_the_end(finished: Run) -> None:
+    matches = [EVALUATION.fullmatch(line) for line in finished.log if " Step " in line]
+    assert [match and int(match[1]) for match in matches] == [5, 10, 12]
+
+
+def test_every_new_best_model_is_told_and_saved(finished: Run) -> None:
+    best, expected = math.inf, []
+    for metrics in finished.metrics:
+        expected.append(f"Step {metrics['step']}")
+        if metrics["val_loss"] < best:
+            best = metrics["val_loss"]
+            expected += ["New best model found. Saving...", "Saved model to ./log/3197816/best_model.pth"]
+    said = [re.sub(STAMP, "", line) for line in finished.log]
+    first = next(i for i, line in enumerate(said) if line.startswith("Step"))
+    assert [line.split(",")[0] for line in said[first:]] == expected
+
+
+def test_config_toml_is_the_whole_configuration_of_the_run(finished: Run, launcher: Launcher) -> None:
+    read = load_config(finished.dir / "config.toml")
+    overrides = [f"data_dir={launcher.corpus}", f"train.backend={read.train.backend}"]
+    overrides += [f"train.optim.name={read.train.optim.name}"]
+    assert read == load_config(launcher.config, overrides)
+
+
+def test_metrics_are_the_numbers_of_the_log(finished: Run) -> None:
+    matches = [match for line in finished.log if (match := EVALUATION.fullmatch(line))]
+    logged = [
+        f"{m['step']} {m['val_loss']:.6f} {m['train_loss']:.6f} "
+        f"{m['train_time_s']:.3f} {m['ms_per_step']:.3f} {m['total_train_time_s']:.3f}"
+        for m in finished.metrics
+    ]
+    assert logged == [" ".join(match.groups()) for match in matches]
+
+
+def test_metrics_agree_among_themselves(finished: Run) -> None:
+    cfg = load_config(finished.dir / "config.toml")
+    step, total_s = 0, 0.0
+    for m in finished.metrics:
+        total_s += m["train_time_s"]
+        assert m["total_train_time_s"] == pytest.approx(total_s)
+        assert m["ms_per_step"] == pytest.approx(m["train_time_s"] / (m["step"] - step) * 1e3)
+        assert m["tokens_per_s"] == pytest.approx(BATCH_SIZE * CONTEXT_LENGTH / m["ms_per_step"] * 1e3)
+        assert m["lr"] == lr_at(m["step"] - 1, cfg.train.lr_schedule, cfg.train.n_steps)
+        assert m["consensus_distance"] == 0.0  # one worker
+        step = m["step"]
+
+
+def test_best_model_has_the_best_loss_of_the_metrics_on_the_same_batches(finished: Run, launcher: Launcher) -> None:
+    best = min(finished.metrics, key=lambda metrics: metrics["val_loss"])
+    saved = torch.load(finished.dir / "best_model.pth", weights_only=True)
+    assert (saved["step"], saved["val_loss"]) == (best["step"], best["val_loss"])
+    assert val_loss(saved, launcher) == pytest.approx(best["val_loss"], rel=1e-6)
+
+
+def val_loss(saved: dict[str, Any], launcher: Launcher) -> float:
+    gpt = GPT(ModelConfig(**saved["model_config"]), saved["context_length"]).eval()
+    gpt.load_state_dict(saved["model"])
+    dataset = TokenDataset(launcher.corpus, CONTEXT_LENGTH, seed=42)
+    batches = [dataset.batch("val", i, slice(BATCH_SIZE), BATCH_SIZE, evaluation=True) for i in range(EVAL_STEPS)]
+    with torch.no_grad():
+        losses = [gpt(x, y)[1].item() for x, y in batches]
+    return sum(losses) / len(losses)
+
+
+def test_a_run_name_goes_before_the_job_id(launcher: Launcher) -> None:
+    run = launcher.run("log.run_name=mine", "train.n_steps=3", env={"SLURM_JOB_ID": "7"})
+    assert run.dir.name == "mine"
+
+
+def test_wandb_offline_leaves_its_run_in_the_run_directory(launcher: Launcher) -> None:
+    run = launcher.run("log.wandb_log=true", env={"WANDB_MODE": "offline"})
+    assert run.codes == [0], run.errors
+    assert len(list(run.dir.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_a_compiled_run_gives_the_same_losses(launcher: Launcher) -> None:
+    plain, compiled = (launcher.run(f"train.compile={on}", timeout_s=100) for on in ("false", "true"))
+    assert compiled.codes == [0], compiled.errors
+    np.testing.assert_allclose(compiled.losses, plain.losses, rtol=1e-5)  # fused kernels round differently
+    saved = torch.load(compiled.dir / "best_model.pth", weights_only=True)
+    assert val_loss(saved, launcher) == pytest.approx(saved["val_loss"], rel=1e-5)
+
+
+# --- Laws of training ---
+
+
+def timeless(run: Run) -> list[dict[str, Any]]:
+    assert run.codes == [0] * len(run.codes), run.errors
+    return [{key: value for key, value in m.items() if key not in TIMES} for m in run.metrics]
+
+
+@pytest.fixture(scope="module")
+def two_workers(launcher: Launcher) -> Run:
+    """decentdp with dropout: the parameters and the random numbers of the workers differ."""
+    return launcher.run("model.dropout=0.1", n=2)
+
+
+@pytest.mark.dist
+def test_two_workers_agree_on_one_directory_named_by_the_time(two_workers: Run) -> None:
+    assert two_workers.codes == [0, 0], two_workers.errors
+    assert re.fullmatch(r"\d{8}-\d{6}", two_workers.dir.name)
+    assert two_workers.errors[1] == ""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("how", ["again", "in memory", "torchrun"])
+def test_the_same_seed_gives_the_same_losses_bit_for_bit(launcher: Launcher, two_workers: Run, how: str) -> None:
+    overrides = ("model.dropout=0.1", f"in_memory={str(how == 'in memory').lower()}")
+    run = finish(*launcher.start(*overrides, n=2)) if how == "torchrun" else launcher.run(*overrides, n=2)
+    assert timeless(run) == timeless(two_workers)
+
+
+@pytest.mark.dist
+def test_another_seed_gives_other_losses(launcher: Launcher, two_workers: Run) -> None:
+    assert launcher.run("model.dropout=0.1", "train.seed=43", n=2).losses[0] != two_workers.losses[0]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("interval", [1, 100])
+def test_evaluation_does_not_disturb_training(launcher: Launcher, two_workers: Run, interval: int) -> None:
+    run = launcher.run("model.dropout=0.1", f"log.eval_interval={interval}", n=2)
+    assert len(run.metrics) == math.ceil(12 / interval)
+    assert timeless(run)[-1] == timeless(two_workers)[-1]
+
+
+@pytest.mark.dist
+def test_the_batch_is_the_same_however_it_is_split_with_all_reduce(launcher: Launcher) -> None:
+    ddp = "train.backend=pytorchddp"
+    whole = launcher.run(ddp).losses
+    np.testing.assert_allclose(launcher.run(ddp, "train.micro_batch_size=1").losses, whole, rtol=1e-5)
+    np.testing.assert_allclose(launcher.run(ddp, n=2).losses, whole, rtol=1e-4)
+    np.testing.assert_allclose(launcher.run(ddp, "train.micro_batch_size=2", n=2).losses, whole, rtol=1e-4)
+
+
+@pytest.mark.dist
+def test_micro_batches_change_nothing_with_decentdp(launcher: Launcher) -> None:
+    whole, split = launcher.run(n=2), launcher.run("train.micro_batch_size=1", n=2)
+    np.testing.assert_allclose(split.losses, whole.losses, rtol=1e-5)
+    assert whole.metrics[0]["consensus_distance"] > 0
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("topology", ["complete", "ring"])
+def test_with_two_workers_all_topologies_are_one(launcher: Launcher, topology: str) -> None:
+    run, exp = launcher.run(f"train.topology={topology}", n=2), launcher.run("train.topology=exp", n=2)
+    assert timeless(run) == timeless(exp)
+
+
+@pytest.mark.dist
+def test_decentdp_trains_about_as_well_as_all_reduce(launcher: Launcher) -> None:
+    steps = ("train.n_steps=60", "log.eval_interval=20")
+    ddp = launcher.run("train.backend=pytorchddp", *steps, n=2).losses
+    exp = launcher.run(*steps, n=2).losses
+    aer = launcher.run("train.topology=alternating-exp-ring", *steps, n=4, nodes=2).losses
+    for losses in (ddp, exp, aer):
+        assert losses[-1][0] < losses[0][0]
+    for losses in (exp, aer):
+        assert losses[-1][0] == pytest.approx(ddp[-1][0], rel=0.05)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("n", "interval", "step"), [(1, 5, 5), (2, 100, 10)], ids=["evaluation", "check"])
+def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1_and_a_line_that_says_so(
+    launcher: Launcher, n: int, interval: int, step: int
+) -> None:
+    overrides = ("train.lr_schedule.lr=1e10", "train.grad_norm_clip=0", f"log.eval_interval={interval}")
+    run = launcher.run(*overrides, n=n, timeout_s=40)
+    assert run.codes == [1] * n, run.errors
+    lines = "".join(run.errors).splitlines()
+    assert any(re.search(rf"the loss is (nan|inf) at step {step}\b.*train\.lr_schedule\.lr", line) for line in lines)
+    assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.dist
+def test_a_loss_that_is_not_finite_on_one_worker_leaves_no_other_waiting(launcher: Launcher) -> None:
+    only_rank_1 = "import math; env['RANK'] == '1' and setattr(math, 'isfinite', lambda _: False)"
+    run = launcher.run("log.eval_interval=100", n=2, first=only_rank_1, timeout_s=40)
+    assert run.codes[1] == 1, run.errors
+    assert "rank 1: the loss is" in run.errors[1]
+    assert run.codes[0] not in (0, -9), run.errors
+
+
+# --- Mistakes: exit code 2, one line, nothing written ---
+
+
+def assert_refused(run: Run, *parts: str) -> None:
+    lines = "".join(run.errors).splitlines()
+    assert run.codes == [2] * len(run.codes), run.errors
+    assert len(lines) == 1, lines
+    assert re.match(r"\[\d\d:\d\d:\d\d ERROR\] ", lines[0])
+    assert [part for part in parts if part not in lines[0]] == [], lines[0]
+    assert not run.log_dir.exists()
+
+
+def test_a_missing_configuration_is_refused_by_plain_python(launcher: Launcher) -> None:
+    config = launcher.folder / "absent.toml"
+    assert_refused(finish(*launcher.start(config=config)), f"{config}: no such configuration file")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        pytest.param("[train\nseed = 1", ["line 1", "[train"], id="syntax"),
+        pytest.param("[train]\nn_step = 5", ["unknown key train.n_step;", '"train.n_steps"'], id="unknown key"),
+        pytest.param('[train]\nn_steps = "5"', ["train.n_steps = '5'", "integer"], id="wrong type"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(launcher: Launcher, tmp_path: Path, text: str, parts: list[str]) -> None:
+    config = tmp_path / "wrong.toml"
+    config.write_text(text)
+    assert_refused(launcher.run(config=config), f"{config}: ", *parts)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        pytest.param(
+            ["train.micro_batch_size=3"],
+            ["train.global_batch_size = 8", "1 workers x micro_batch_size = 3", "6 would be"],
+            id="indivisible batch",
+        ),
+        pytest.param(["train.topology=star"], ["train.topology = 'star'", "'exp'", "'ring'"], id="unknown topology"),
+        pytest.param(
+            ["train.topology=alternating-exp-ring"],
+            ['train.topology = "alternating-exp-ring"', "1 node x 1 worker", '"exp", "ring" or "complete"'],
+            id="AER on one node",
+        ),
+        pytest.param(["model.n_heads=3"], ["n_embd = 16", "n_heads = 3"], id="heads"),
+        pytest.param(["train.lr_schedule.warmup_steps=12"], ["warmup_steps = 12", "n_steps = 12"], id="warm-up"),
+        pytest.param(["dataset=moon"], ['dataset = "moon"', "openwebtext, sotu"], id="unknown dataset"),
+        pytest.param(
+            ["model.vocab_size=100"], ["train.bin", "token id", "model.vocab_size = 100", "at least"], id="ids"
+        ),
+        pytest.param(["train.context_length=1000"], ["val.bin: holds 1000 tokens", "at most 999"], id="short file"),
+        pytest.param(["log.wandb_log=true"], ["log.wandb_log", "WANDB_MODE=offline", "`wandb login`"], id="no login"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused(launcher: Launcher, overrides: list[str], parts: list[str]) -> None:
+    assert_refused(launcher.run(*overrides), *parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        pytest.param(None, "no such file; make it with `python data/sotu/prepare.py", id="missing"),
+        pytest.param(b"", "is empty", id="empty"),
+        pytest.param(b"\0" * 4001, "4001 bytes is not a whole number of 2-byte tokens", id="odd length"),
+        pytest.param(b"\0" * 32, "holds 16 tokens, but one window of train.context_length = 16 takes 17", id="short"),
+    ],
+)
+def test_a_bad_token_file_is_refused(launcher: Launcher, tmp_path: Path, content: bytes | None, part: str) -> None:
+    corpus = tmp_path / "sotu"
+    corpus.mkdir()
+    (corpus / "val.bin").write_bytes((launcher.corpus / "val.bin").read_bytes())
+    if content is not None:
+        (corpus / "train.bin").write_bytes(content)
+    assert_refused(launcher.run(f"data_dir={corpus}"), f"{corpus / 'train.bin'}: ", part)
+
+
+def test_a_data_folder_without_permission_is_refused(launcher: Launcher) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        closed, config = Path(folder) / "closed", Path(folder) / "small.toml"
+        closed.mkdir(mode=0)
+        config.write_text(CONFIG)
+        Path(folder).chmod(0o755)
+        run = launcher.run(f"data_dir={closed}", config=config, first=BECOME_NOBODY)
+    assert_refused(run, f"{closed / 'train.bin'}: no permission to read it")
+
+
+# root may read anything. The imports come before the switch: the installation's files may be root's alone.
+BECOME_NOBODY = """
+import runpy
+runpy.run_path(argv[0], run_name="imported")
+os.geteuid() or os.setuid(65534)
+"""
+
+
+def test_a_log_dir_that_is_a_file_is_refused(launcher: Launcher, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_refused(launcher.run(f"log_dir={tmp_path / 'file'}"), str(tmp_path / "file"))
+
+
+def test_a_key_that_wandb_does_not_take_is_refused(launcher: Launcher) -> None:
+    run = launcher.run("log.wandb_log=true", env={"WANDB_API_KEY": "short"})
+    assert_refused(run, "log.wandb_log", "WANDB_MODE=offline")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        pytest.param("train.n_step=3", "unknown key train.n_step", id="configuration"),
+        pytest.param("data_dir=/absent", "/absent/train.bin: no such file", id="token file"),
+        pytest.param("train.context_length=5000", "train.bin: holds 4000 tokens", id="short file"),
+    ],
+)
+@pytest.mark.parametrize("in_memory", ["false", "true"])
+def test_a_mistake_on_one_worker_alone_ends_all_and_names_the_rank(
+    launcher: Launcher, override: str, part: str, in_memory: str
+) -> None:
+    run = launcher.run(f"in_memory={in_memory}", n=2, last_rank=(override,), timeout_s=30)
+    assert_refused(run, "rank 1 on ", part)
+
+
+@pytest.mark.dist
+def test_more_workers_than_gpus_are_refused(launcher: Launcher) -> None:
+    one_gpu = "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1"
+    assert_refused(launcher.run(n=2, first=one_gpu), "2 workers on a node with 1 GPUs", "--nproc_per_node")
+
+
+@pytest.mark.dist
+def test_torchrun_ends_with_our_one_line_and_exit_code_2_of_each_worker(launcher: Launcher) -> None:
+    processes = {
+        "absent.toml: no such configuration file": launcher.start(n=2, config=launcher.folder / "absent.toml"),
+        "train.global_batch_size = 7 is not divisible by 2 workers; 6 would be": launcher.start(
+            "train.global_batch_size=7", n=2
+        ),
+        "/absent/train.bin: no such file": launcher.start("data_dir=/absent", n=2),
+    }
+    runs = {message: finish(*started) for message, started in processes.items()}
+    for message, run in runs.items():
+        (errors,) = run.errors
+        assert run.codes != [0]
+        assert errors.count(message) == 1
+        assert errors.count(" ERROR] ") == 1
+        assert re.search(r"exitcode  : (\S+)", errors.partition("Root Cause")[2])[1] == "2"  # type: ignore[index]
+        assert not run.log_dir.exists()
