@@ -108,7 +108,7 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> No
     if cfg.train.compile:
         gpt.compile()  # in place: the keys of the state_dict stay those of GPT-2
     model = wrap(gpt, cfg, world)
-    optimizer = build_optimizer(gpt, cfg.train.optim, cfg.train.lr_schedule.lr)
+    optimizer = build_optimizer(gpt, cfg.train.optim, cfg.train.lr_schedule.lr, compile=cfg.train.compile)
     autocast, scaler = mixed_precision(cfg, world.device)
     torch.manual_seed(cfg.train.seed + 1 + world.rank)  # from here on only dropout draws: not the same on all workers
 

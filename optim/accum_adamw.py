@@ -12,15 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+
+from optim.accum_kernels import Row, Scalars, update_
 
 
 class AccumAdamW(Optimizer):
     """AccumAdamW with decoupled weight decay; accum_steps, the window of the moments, counts optimizer steps.
 
     accum_steps = 1 is AdamW. State of a parameter: step (int), and exp_avg, exp_avg_sq and accum_grad of its shape and
-    dtype. A parameter without a gradient is left alone, its step does not move.
+    dtype. A parameter without a gradient is left alone, its step does not move. compile lets torch.compile make the
+    kernel, where it can, which takes seconds in the first step of a process; the log says what is used.
 
     Raises:
         ValueError: lr, eps or weight_decay is negative, a beta is not in [0, 1), or accum_steps is below 1.
@@ -34,11 +36,17 @@ class AccumAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         accum_steps: int = 8,
+        *,
+        compile: bool = True,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "accum_steps": accum_steps}
         super().__init__(params, defaults)
+        self._compile = compile  # not in the groups: a checkpoint must not decide it
         for group in self.param_groups:
             _check(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_compile": self._compile}  # Optimizer names what it copies
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -48,44 +56,38 @@ class AccumAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            by_step: dict[int, list[Tensor]] = defaultdict(list)  # parameters that were skipped before lag behind
+            by_step: dict[int, list[Row]] = defaultdict(list)  # parameters that were skipped before lag behind
             for p in group["params"]:
                 if p.grad is not None:
-                    by_step[self._advance(p)].append(p)
-            for step, params in by_step.items():
-                states = [self.state[p] for p in params]
+                    state = self._advance(p)
+                    row = Row(p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state["accum_grad"])
+                    by_step[state["step"]].append(row)
+            for step, rows in by_step.items():
                 accum_adamw_(
-                    params,
-                    [p.grad for p in params if p.grad is not None],
-                    [state["exp_avg"] for state in states],
-                    [state["exp_avg_sq"] for state in states],
-                    [state["accum_grad"] for state in states],
+                    rows,
                     step=step,
                     lr=group["lr"],
                     betas=group["betas"],
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
                     accum_steps=group["accum_steps"],
+                    compile=self._compile,
                 )
         return loss
 
-    def _advance(self, p: Tensor) -> int:
-        """The number of the step that p is about to make, counted from 1; creates its state before the first."""
+    def _advance(self, p: torch.Tensor) -> dict[str, Any]:
+        """The state of p, whose step is now the one that p is about to make, counted from 1."""
         state = self.state[p]
         if not state:
             state["step"] = 0
             for name in ("exp_avg", "exp_avg_sq", "accum_grad"):
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         state["step"] += 1
-        return state["step"]
+        return state
 
 
 def accum_adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    accum_grads: list[Tensor],
+    rows: list[Row],
     *,
     step: int,
     lr: float,
@@ -93,10 +95,11 @@ def accum_adamw_(
     eps: float,
     weight_decay: float,
     accum_steps: int,
+    compile: bool,
 ) -> None:
-    """Makes step number `step` (from 1) of AccumAdamW on every parameter, in place; grads are only read.
+    """Makes step number `step` (from 1) of AccumAdamW on every parameter, in place; gradients are only read.
 
-    With p, g, m, v, a the i-th entries of the five lists, s = accum_steps and k = ceil(step / s):
+    With p, g, m, v, a the tensors of a row, s = accum_steps and k = ceil(step / s):
 
         p *= 1 - lr*wd
         a += g / s
@@ -106,27 +109,18 @@ def accum_adamw_(
     """
     beta1, beta2 = betas
     k = math.ceil(step / accum_steps)  # bias correction counts windows, not steps
-
-    torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_add_(accum_grads, grads, alpha=1 / accum_steps)
-
-    # The frozen moments with the current gradient, for this step only.
-    numerators = torch._foreach_mul(exp_avgs, beta1)
-    torch._foreach_add_(numerators, grads, alpha=1 - beta1)
-    denominators = torch._foreach_mul(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(denominators, grads, grads, value=1 - beta2)
-
-    torch._foreach_sqrt_(denominators)
-    torch._foreach_div_(denominators, math.sqrt(1 - beta2**k))
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_addcdiv_(params, numerators, denominators, value=-lr / (1 - beta1**k))
-
-    if step % accum_steps == 0:
-        torch._foreach_mul_(exp_avgs, beta1)
-        torch._foreach_add_(exp_avgs, accum_grads, alpha=1 - beta1)
-        torch._foreach_mul_(exp_avg_sqs, beta2)
-        torch._foreach_addcmul_(exp_avg_sqs, accum_grads, accum_grads, value=1 - beta2)
-        torch._foreach_zero_(accum_grads)
+    scalars = Scalars(
+        decay=1 - lr * weight_decay,
+        share=1 / accum_steps,
+        beta1=beta1,
+        beta2=beta2,
+        new1=1 - beta1,
+        new2=1 - beta2,
+        eps=eps,
+        step_size=lr / (1 - beta1**k),
+        correction2=math.sqrt(1 - beta2**k),
+    )
+    update_(rows, scalars, ends_window=step % accum_steps == 0, compile=compile)
 
 
 def _check(group: dict[str, Any]) -> None:

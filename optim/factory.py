@@ -13,9 +13,16 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(
-    module_or_named_parameters: nn.Module | Iterable[tuple[str, nn.Parameter]], cfg: "OptimConfig", lr: float
+    module_or_named_parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+    cfg: "OptimConfig",
+    lr: float,
+    *,
+    compile: bool = True,
 ) -> Optimizer:
-    """An optimizer with two groups: matrices and embeddings, which decay, then biases and gains, which do not."""
+    """An optimizer with two groups: matrices and embeddings, which decay, then biases and gains, which do not.
+
+    compile is for AccumAdamW.
+    """
     if isinstance(module_or_named_parameters, nn.Module):
         module_or_named_parameters = module_or_named_parameters.named_parameters()
     params = [p for _, p in module_or_named_parameters if p.requires_grad]
@@ -25,4 +32,4 @@ def build_optimizer(
     ]
     if cfg.name == "adamw":
         return AdamW(groups, lr=lr, betas=cfg.betas, eps=cfg.eps, fused=True)
-    return AccumAdamW(groups, lr=lr, betas=cfg.betas, eps=cfg.eps, accum_steps=cfg.accum_steps)
+    return AccumAdamW(groups, lr=lr, betas=cfg.betas, eps=cfg.eps, accum_steps=cfg.accum_steps, compile=compile)

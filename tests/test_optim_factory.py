@@ -31,6 +31,13 @@ def test_accumadamw_gets_the_values_of_the_configuration() -> None:
         assert (group["lr"], group["betas"], group["eps"], group["accum_steps"]) == (0.1, (0.8, 0.9), 1e-6, 3)
 
 
+@pytest.mark.parametrize("compile", [True, False])
+def test_accumadamw_is_told_whether_to_compile(compile: bool) -> None:
+    optimizer = build_optimizer(toy(), OptimConfig(name="accumadamw"), lr=0.1, compile=compile)
+    assert isinstance(optimizer, AccumAdamW)
+    assert optimizer._compile is compile
+
+
 def test_adamw_is_torchs_fused_one() -> None:
     optimizer = build_optimizer(toy(), OptimConfig(name="adamw"), lr=0.1)
     assert type(optimizer) is torch.optim.AdamW
