@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # of a folder: not "..", no "/"
 
 
 class Section(BaseModel):
@@ -152,13 +152,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         ValueError: anything that is wrong, in one line that names the file and the key.
     """
-    tree = _parse(path)
-    for override in overrides or []:
-        _apply_(tree, override)
     try:
+        tree = _parse(path)
+        for override in overrides or []:
+            _apply_(tree, override)
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_in_one_line(error)}") from None
+        message = f"{path}: {_first_mistake(error)}"
+    except ValueError as error:
+        message = str(error)
+    raise ValueError("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))  # a key may hold a line break
 
 
 def _parse(path: str | Path) -> dict[str, Any]:
@@ -192,8 +195,9 @@ def _apply_(tree: dict[str, Any], override: str) -> None:
     tree[last] = parsed
 
 
-def _in_one_line(error: ValidationError) -> str:
-    first, *others = error.errors()
+def _first_mistake(error: ValidationError) -> str:
+    # A default that depends on a wrong key cannot be made: no mistake of the user's.
+    first, *others = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
     key = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
@@ -203,6 +207,8 @@ def _in_one_line(error: ValidationError) -> str:
         return f"unknown key {key}" + (f'; did you mean "{near[0]}"?' if near else "") + more
     if first["type"] == "value_error":
         return f"{key}.{first['msg'].removeprefix('Value error, ')}{more}"
+    if first["type"] == "model_type":
+        return f"{key} = {first['input']!r}: should be a table{more}"
     if first["type"] == "missing":
         return f"{key} is missing{more}"
     return f"{key} = {first['input']!r}: {first['msg'].removeprefix('Input ')}{more}"
@@ -214,6 +220,5 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             keys += _known_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
+        keys.append(prefix + name)
     return keys

@@ -64,7 +64,10 @@ def main() -> int:
             world.gather(None)  # nobody leaves before it has: torchrun ends the others with the first
             return 2
         except (NonFiniteLoss, PeerError) as error:
-            print(f"rank {world.rank}: {error}", file=sys.stderr)
+            if world.rank == 0:
+                logger.error(error)
+            else:
+                print(f"rank {world.rank}: {error}", file=sys.stderr)
             return 1
     return 0
 
@@ -74,6 +77,7 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
     with world.failing_together():
         if isinstance(cfg, ValueError):
             raise cfg
+        world.require_a_device()
         cfg.train.micro_batches(world.world_size)
         if cfg.train.backend == "decentdp":
             build_topology(cfg.train.topology, world.world_size, world.local_world_size)

@@ -29,34 +29,38 @@ class World:
     world_size: int
     local_rank: int  # among the workers of this node
     local_world_size: int
-    device: torch.device
+    device: torch.device  # a GPU of its own for each worker of the node, or the CPU
+    n_gpus: int = 0  # of this node
     job_id: str | None = None  # SLURM's; it survives a requeue
 
     @classmethod
     def from_env(cls) -> "World":
-        """What torchrun put into the environment; a plain `python train.py` is a world of one.
-
-        Raises:
-            ValueError: a node has more workers than GPUs.
-        """
+        """What torchrun put into the environment; a plain `python train.py` is a world of one."""
         env = os.environ
         local_rank = int(env.get("LOCAL_RANK", "0"))
         local_world_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
-        device = torch.device("cpu")
         # Ask torch, not CUDA_VISIBLE_DEVICES: SLURM sets that one on machines without a GPU too.
-        if torch.cuda.is_available():
-            n_gpus = torch.cuda.device_count()
-            if local_world_size > n_gpus:
-                raise ValueError(f"{local_world_size} workers on a node with {n_gpus} GPUs: lower --nproc_per_node")
-            device = torch.device("cuda", local_rank)
+        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return cls(
             rank=int(env.get("RANK", "0")),
             world_size=int(env.get("WORLD_SIZE", "1")),
             local_rank=local_rank,
             local_world_size=local_world_size,
-            device=device,
+            device=torch.device("cuda", local_rank) if n_gpus >= local_world_size else torch.device("cpu"),
+            n_gpus=n_gpus,
             job_id=env.get("SLURM_JOB_ID"),
         )
+
+    def require_a_device(self) -> None:
+        """
+        Raises:
+            ValueError: there are GPUs, but not one for each worker of this node.
+        """
+        if 0 < self.n_gpus < self.local_world_size:
+            raise ValueError(
+                f"{self.local_world_size} workers on a node with {self.n_gpus} GPUs: "
+                f"start it with --nproc_per_node={self.n_gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
+            )
 
     @contextmanager
     def connected(self, timeout_s: float | None = None) -> Generator[None]:

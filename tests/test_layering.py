@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTED = {f"decent/{name}.py" for name in ("world", "exchange", "decent_dp", "allreduce_dp", "checkpoint")}
+BENCHMARKS = {"scripts/bench.py", "scripts/netlab_worker.py"}  # time the bare collectives and other wrappers
+
 PROJECT = {"config", "data", "decent", "model", "optim", "train"}
 
 
@@ -89,7 +91,7 @@ def f():
 
 @pytest.mark.parametrize("path", MODULES)
 def test_torch_distributed_is_used_in_the_modules_made_for_it_only(path: str) -> None:
-    assert path in DISTRIBUTED or not mentions(read(path), "torch.distributed")
+    assert path in DISTRIBUTED | BENCHMARKS or not mentions(read(path), "torch.distributed")
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if not path.startswith("scripts/")])
