@@ -1,17 +1,52 @@
-"""AccumAdamW against the formula, torch's AdamW and a step computed by hand; its state and its manners."""
+"""AccumAdamW against the formula, torch's AdamW and a step computed by hand; its state and its manners.
 
+Where a test takes the fixture `compile`, it runs with compiled kernels and with foreach operations.
+"""
+
+import copy
 import io
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loguru import logger
 from torch import Tensor, nn
 
-from optim import AccumAdamW
+from optim import AccumAdamW, accum_kernels
+from scripts.bench_timing import peak_temporary_bytes
+
+# torch's own, when its compiler is imported
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "foreach"])
+def compile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Also for the small tensors of a test, except those of one element."""
+    monkeypatch.setattr(accum_kernels, "KERNEL_MIN_NUMEL", 2)
+    if request.param:
+        assert accum_kernels._kernel_works(True, "cpu", torch.float32)
+        assert accum_kernels._kernel_works(True, "cpu", torch.float64)
+    return request.param
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """What is logged, as if AccumAdamW were used for the first time."""
+    accum_kernels._kernel_works.cache_clear()
+    lines: list[str] = []
+    sink = logger.add(lines.append, format="{message}")
+    yield lines
+    logger.remove(sink)
+    accum_kernels._kernel_works.cache_clear()
 
 
 def scalar_reference(
@@ -62,10 +97,14 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
 # float32: a step of size lr <= 0.1 has a relative error of some 1e-7, 11 of them stay below 3e-6.
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-12, 1e-13), (torch.float32, 3e-6, 3e-6)])
 @given(run=runs())
-@settings(max_examples=60, deadline=None)
-def test_equals_the_formula_in_every_element(dtype: torch.dtype, rtol: float, atol: float, run: dict[str, Any]) -> None:
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_equals_the_formula_in_every_element(
+    compile: bool, dtype: torch.dtype, rtol: float, atol: float, run: dict[str, Any]
+) -> None:
     params = [nn.Parameter(torch.tensor(p, dtype=dtype)) for p in run["params"]]
-    optimizer = AccumAdamW(params, betas=run["betas"], eps=run["eps"], weight_decay=run["wd"], accum_steps=run["s"])
+    optimizer = AccumAdamW(
+        params, betas=run["betas"], eps=run["eps"], weight_decay=run["wd"], accum_steps=run["s"], compile=compile
+    )
     for lr, grads in zip(run["lrs"], run["grads"], strict=True):
         optimizer.param_groups[0]["lr"] = lr
         train(optimizer, params, [[torch.tensor(g, dtype=dtype) for g in grads]])
@@ -87,33 +126,33 @@ def normal_run(n_steps: int, dtype: torch.dtype = torch.float64) -> tuple[list[n
     return params, grads
 
 
-def test_a_window_of_one_step_is_adamw() -> None:
+def test_a_window_of_one_step_is_adamw(compile: bool) -> None:
     ours, grads = normal_run(20)
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    train(AccumAdamW(ours, lr=0.01, weight_decay=0.1, accum_steps=1), ours, grads)
+    train(AccumAdamW(ours, lr=0.01, weight_decay=0.1, accum_steps=1, compile=compile), ours, grads)
     train(torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.98), weight_decay=0.1), theirs, grads)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # the same formula in another order
 
 
-def test_three_steps_by_hand() -> None:
+def test_three_steps_by_hand(compile: bool) -> None:
     # s = 2, b1 = b2 = 1/2, lr = 1, wd = 0, eps = 0, p = 0, g = 2, 4, 3
     # t=1 k=1  a = 1  M = 1             V = 2              p -= 2 * 1 / sqrt(4)        -> -1
     # t=2 k=1  a = 3  M = 2             V = 8              p -= 2 * 2 / sqrt(16)       -> -2
     #          then m = 3/2, v = 9/2, a = 0
     # t=3 k=2  M = 3/4 + 3/2 = 9/4      V = 9/4 + 9/2 = 27/4, over 3/4: 9  p -= 4/3 * 9/4 / 3  -> -3
-    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = AccumAdamW([p], lr=1.0, betas=(0.5, 0.5), eps=0.0, weight_decay=0.0, accum_steps=2)
+    p = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = AccumAdamW([p], lr=1.0, betas=(0.5, 0.5), eps=0.0, weight_decay=0.0, accum_steps=2, compile=compile)
     seen = []
     for g in (2.0, 4.0, 3.0):
-        train(optimizer, [p], [[torch.tensor([g], dtype=torch.float64)]])
-        seen.append(p.item())
+        train(optimizer, [p], [[torch.full((2,), g, dtype=torch.float64)]])
+        seen.append(p[1].item())
     assert seen == pytest.approx([-1, -2, -3], rel=1e-14)
 
 
-def test_parameters_move_in_every_step_and_moments_once_a_window() -> None:
+def test_parameters_move_in_every_step_and_moments_once_a_window(compile: bool) -> None:
     params, grads = normal_run(9)
-    optimizer = AccumAdamW(params, accum_steps=3)
+    optimizer = AccumAdamW(params, accum_steps=3, compile=compile)
     for step, grads_of_step in enumerate(grads, start=1):
         before = [(p.detach().clone(), optimizer.state[p].get("exp_avg", torch.zeros_like(p)).clone()) for p in params]
         train(optimizer, params, [grads_of_step])
@@ -122,34 +161,34 @@ def test_parameters_move_in_every_step_and_moments_once_a_window() -> None:
             assert torch.equal(optimizer.state[p]["exp_avg"], old_exp_avg) == (step % 3 != 0)
 
 
-def test_gradients_are_only_read() -> None:
+def test_gradients_are_only_read(compile: bool) -> None:
     params, grads = normal_run(1)
-    train(AccumAdamW(params, accum_steps=1), params, grads)
+    train(AccumAdamW(params, accum_steps=1, compile=compile), params, grads)
     for p, g in zip(params, grads[0], strict=True):
         assert p.grad is not None
         assert torch.equal(p.grad, g)
 
 
-def test_saved_in_the_middle_of_a_window_and_loaded_it_continues_bit_by_bit() -> None:
+def test_saved_in_the_middle_of_a_window_and_loaded_it_continues_bit_by_bit(compile: bool) -> None:
     params, grads = normal_run(11, torch.float32)
-    optimizer = AccumAdamW(params, accum_steps=3)
+    optimizer = AccumAdamW(params, accum_steps=3, compile=compile)
     train(optimizer, params, grads[:4])
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     loaded_params = [nn.Parameter(p.detach().clone()) for p in params]
-    loaded = AccumAdamW(loaded_params, lr=1.0, accum_steps=7)  # the saved values replace these
+    loaded = AccumAdamW(loaded_params, lr=1.0, accum_steps=7, compile=compile)  # the saved values replace these
     loaded.load_state_dict(torch.load(file, weights_only=True))
     train(optimizer, params, grads[4:])
     train(loaded, loaded_params, grads[4:])
     assert all(torch.equal(a, b) for a, b in zip(params, loaded_params, strict=True))
 
 
-def test_a_parameter_that_joins_late_starts_its_own_window() -> None:
+def test_a_parameter_that_joins_late_starts_its_own_window(compile: bool) -> None:
     params, grads = normal_run(5)
     late = params[0]
     alone = nn.Parameter(late.detach().clone())
-    optimizer = AccumAdamW(params, accum_steps=2)
+    optimizer = AccumAdamW(params, accum_steps=2, compile=compile)
     for step, grads_of_step in enumerate(grads):
         for p, g in zip(params, grads_of_step, strict=True):
             p.grad = None if p is late and step == 0 else g
@@ -157,7 +196,11 @@ def test_a_parameter_that_joins_late_starts_its_own_window() -> None:
         if step == 0:
             assert torch.equal(late, alone)
             assert late not in optimizer.state
-    train(AccumAdamW([alone], accum_steps=2), [alone], [[grads_of_step[0]] for grads_of_step in grads[1:]])
+    train(
+        AccumAdamW([alone], accum_steps=2, compile=compile),
+        [alone],
+        [[grads_of_step[0]] for grads_of_step in grads[1:]],
+    )
     assert torch.equal(late, alone)
 
 
@@ -170,15 +213,15 @@ def test_every_group_has_its_own_values() -> None:
     assert torch.equal(stays, start[1])
 
 
-def test_parameters_may_be_views_of_one_buffer() -> None:
+def test_parameters_may_be_views_of_one_buffer(compile: bool) -> None:
     params, grads = normal_run(5)
     flat = torch.cat([p.detach().flatten() for p in params])
     views = []
     for p, chunk in zip(params, flat.split([p.numel() for p in params]), strict=True):
         views.append(nn.Parameter(torch.empty_like(p)))
         views[-1].data = chunk.view_as(p)
-    train(AccumAdamW(params, accum_steps=2), params, grads)
-    train(AccumAdamW(views, accum_steps=2), views, grads)
+    train(AccumAdamW(params, accum_steps=2, compile=compile), params, grads)
+    train(AccumAdamW(views, accum_steps=2, compile=compile), views, grads)
     assert torch.equal(flat, torch.cat([p.detach().flatten() for p in params]))
 
 
@@ -207,6 +250,138 @@ def test_a_loss_scaler_unscales_and_skips() -> None:
         scaler.update()
         assert p.item() == pytest.approx(expected)
     assert optimizer.state[p]["accum_grad"].item() == pytest.approx(1 / 8)
+
+
+def reference(p: np.ndarray, grads: list[np.ndarray], lr: float, wd: float, s: int) -> np.ndarray:
+    """All steps in float64, written from the formula, with the default betas and eps."""
+    b1, b2, eps = 0.9, 0.98, 1e-8
+    m, v, a = (np.zeros_like(p) for _ in range(3))
+    for t, g in enumerate(grads, start=1):
+        k = math.ceil(t / s)
+        p = p * (1 - lr * wd)
+        a = a + g / s
+        M = b1 * m + (1 - b1) * g
+        V = b2 * v + (1 - b2) * g * g
+        p = p - lr / (1 - b1**k) * M / (np.sqrt(V) / np.sqrt(1 - b2**k) + eps)
+        if t % s == 0:
+            m, v, a = b1 * m + (1 - b1) * a, b2 * v + (1 - b2) * a * a, np.zeros_like(p)
+    return p
+
+
+# Parameters are of size 1: 9 steps of 0.01 round each element by some 1e-7.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_tensors_that_are_cut_into_batches_or_share_one_equal_the_formula(
+    compile: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(accum_kernels.BATCH_BYTES, "cpu", 4000)
+    rng = np.random.default_rng(0)
+    shapes = [(71, 43), (5,), (1000,), (1,), (3, 333), (1001,)]
+    starts = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    grads = [[rng.normal(size=shape).astype(np.float32) for shape in shapes] for _ in range(9)]
+    params = [nn.Parameter(torch.tensor(start, dtype=dtype)) for start in starts]
+    optimizer = AccumAdamW(params, lr=0.01, weight_decay=0.1, accum_steps=4, compile=compile)
+    train(optimizer, params, [[torch.tensor(g, dtype=dtype) for g in grads_of_step] for grads_of_step in grads])
+    for i, p in enumerate(params):
+        of_p = [grads_of_step[i].astype(np.float64) for grads_of_step in grads]
+        expected = reference(starts[i].astype(np.float64), of_p, lr=0.01, wd=0.1, s=4)
+        np.testing.assert_allclose(p.detach().double().numpy(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_tensors_that_are_not_contiguous_are_updated_like_those_that_are(compile: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain, transposed, with_transposed_grad = (
+        nn.Parameter(p) for p in (torch.ones(4, 6), torch.ones(6, 4).t(), torch.ones(4, 6))
+    )
+    optimizer = AccumAdamW([plain, transposed, with_transposed_grad], accum_steps=2, compile=compile)
+    for _ in range(5):
+        grad = torch.randn(4, 6, generator=generator)
+        plain.grad, transposed.grad, with_transposed_grad.grad = grad, grad, grad.t().contiguous().t()
+        optimizer.step()
+    assert not transposed.is_contiguous()
+    for p in (transposed, with_transposed_grad):
+        torch.testing.assert_close(p, plain, rtol=1e-6, atol=1e-6)  # the kernel rounds otherwise
+
+
+@pytest.mark.parametrize("compile", [True, False], ids=["compiled", "foreach"])
+def test_a_step_allocates_less_than_a_tenth_of_the_parameters(compile: bool) -> None:
+    params = [nn.Parameter(torch.ones(2500, 1000)), *(nn.Parameter(torch.ones(1000, 1000)) for _ in range(2))]
+    params += [nn.Parameter(torch.ones(1000)) for _ in range(500)]  # 5M parameters: a batch is 2.6% of them
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = AccumAdamW(params, accum_steps=2, compile=compile)
+    optimizer.step()
+    peak_bytes = max(peak_temporary_bytes(optimizer.step) for _ in range(2))  # the end of a window and its beginning
+    assert peak_bytes < 0.1 * sum(p.nbytes for p in params)
+    assert compile or peak_bytes > 0  # the measurement sees something
+
+
+def test_one_kernel_serves_tensors_of_all_sizes_and_all_steps() -> None:
+    shapes = [(500, 32), (256, 32), (96, 64), (64, 64), (256, 64), (64, 256), (64,), (1,), ()]
+    flat = torch.ones(sum(math.prod(shape) for shape in shapes))
+    params = []
+    for shape, place in zip(shapes, flat.split([math.prod(shape) for shape in shapes]), strict=True):
+        params.append(nn.Parameter(torch.empty(shape)))
+        params[-1].data = place.view(shape)  # as DecentDP has them
+    graphs = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    before = graphs["unique_graphs"]
+    optimizer = AccumAdamW(params, accum_steps=3)
+    for step in range(12):
+        optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
+        train(optimizer, params, [[torch.ones_like(p) for p in params]])
+    # Two, inside a window and at its end; and two again, as the compiler tells offset 0 of the buffer from the others.
+    assert 2 <= graphs["unique_graphs"] - before <= 4
+
+
+@pytest.mark.parametrize(
+    ("compile", "expected"), [(True, "one compiled kernel per tensor"), (False, "foreach operations, since compile = ")]
+)
+def test_what_is_used_is_logged_once(log: list[str], compile: bool, expected: str) -> None:
+    p = nn.Parameter(torch.ones(5000))
+    for _ in range(2):
+        train(AccumAdamW([p], compile=compile), [p], [[torch.ones(5000)]] * 3)
+    assert len(log) == 1
+    assert expected in log[0]
+    assert "(cpu, float32)" in log[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "/nonexistent/c++"}, "torch.compile fails: "),
+        ({"TORCH_COMPILE_DISABLE": "1"}, "torch.compile is switched off"),
+    ],
+)
+def test_without_a_compiler_foreach_operations_do_the_same(
+    tmp_path: Path, environment: dict[str, str], reason: str
+) -> None:
+    program = (
+        "import torch; from optim import AccumAdamW\n"
+        "p = torch.nn.Parameter(torch.ones(5000)); optimizer = AccumAdamW([p], lr=0.5, weight_decay=0.0)\n"
+        "for _ in range(9): p.grad = torch.ones(5000); optimizer.step()\n"
+        "print(p.min().item(), p.max().item())"
+    )
+    cold = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # or what an earlier run compiled is found there
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment, **cold},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert done.stderr.count("AccumAdamW: foreach operations, since " + reason) == 1, done.stderr
+    # The gradient is always 1, so every step is lr; in the second window M / sqrt(V) is 1 too, bias corrections aside.
+    lowest, highest = map(float, done.stdout.split())
+    assert lowest == highest == pytest.approx(1 - 9 * 0.5, rel=1e-6)
+
+
+def test_a_copy_keeps_the_choice() -> None:
+    p = nn.Parameter(torch.ones(5000))
+    optimizer = copy.deepcopy(AccumAdamW([p], compile=False))
+    assert optimizer._compile is False
+    assert "compile" not in optimizer.state_dict()["param_groups"][0]  # else a checkpoint would choose
 
 
 @pytest.mark.parametrize(

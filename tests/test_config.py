@@ -16,7 +16,7 @@ from config import Config, TrainConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# DESIGN section 7, with the optimizer's betas for its default name.
+# As the table in README.md has them, with the optimizer's betas for its default name.
 DEFAULTS = {
     "log_dir": "./log",
     "dataset": "openwebtext",

@@ -1,4 +1,4 @@
-"""Who may import what (DESIGN section 3), read from the source."""
+"""Who may import what, read from the source. Imports point one way: train.py to config, model, optim, decent, data."""
 
 import ast
 from collections.abc import Iterator
