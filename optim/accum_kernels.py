@@ -102,7 +102,7 @@ def _step_(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, accum_g
     """
     if not torch.compiler.is_compiling():
         return False
-    # One loop whatever the shape; to view them outside takes 2 us a tensor, 5% of the step of a GPT with 30M parameters.
+    # Here the views cost nothing; made by the caller, five for each tensor, they took 5% of a step (30M parameters).
     p, grad, exp_avg, exp_avg_sq, accum_grad = (t.view(-1) for t in (p, grad, exp_avg, exp_avg_sq, accum_grad))
     decay, share, beta1, beta2, new1, new2, eps, step_size, correction2 = numbers.unbind()
     numerator = beta1 * exp_avg + new1 * grad
@@ -118,6 +118,7 @@ def _step_and_end_window_(
     """_step_, after which the moments move and a new window begins."""
     if not _step_(p, grad, exp_avg, exp_avg_sq, accum_grad, numbers):
         return False
+    exp_avg, exp_avg_sq, accum_grad = (t.view(-1) for t in (exp_avg, exp_avg_sq, accum_grad))  # one loop with the step
     _, _, beta1, beta2, new1, new2, *_ = numbers.unbind()
     exp_avg.mul_(beta1).add_(new1 * accum_grad)
     exp_avg_sq.mul_(beta2).add_(new2 * accum_grad * accum_grad)
