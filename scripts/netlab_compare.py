@@ -187,7 +187,8 @@ def hidden_share(step_ms: float, none_ms: float | None, exchange_ms: float | Non
 
 
 def table(scenario: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Text that is Markdown too."""
+    """Text that is Markdown too. With stragglers no share of an exchange is hidden or not: workers wait for each other."""
+    straggling = settings["straggler"] > 1
     rows = [("arm", "ms/step (best)", "x DDP", "exchange alone, ms", "hidden", "MB sent/step/node")]
     for result in summarize(scenario["arms"]):
         rows.append(
@@ -196,7 +197,7 @@ def table(scenario: dict[str, Any], settings: dict[str, Any]) -> str:
                 f"{result.step_ms:.0f} ({result.best_ms:.0f})",
                 "" if result.speedup is None else f"{result.speedup:.2f}",
                 "" if result.exchange_ms is None else f"{result.exchange_ms:.0f}",
-                "" if result.hidden is None else f"{result.hidden:.0%}",
+                "" if result.hidden is None or straggling else f"{result.hidden:.0%}",
                 f"{result.sent_bytes / 1e6:.1f}",
             )
         )
