@@ -187,7 +187,7 @@ def hidden_share(step_ms: float, none_ms: float | None, exchange_ms: float | Non
 
 
 def table(scenario: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Text that is Markdown too. With stragglers no share of an exchange is hidden or not: workers wait for each other."""
+    """Text that is Markdown too; without the hidden shares when workers also wait for stragglers."""
     straggling = settings["straggler"] > 1
     rows = [("arm", "ms/step (best)", "x DDP", "exchange alone, ms", "hidden", "MB sent/step/node")]
     for result in summarize(scenario["arms"]):
