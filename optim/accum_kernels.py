@@ -54,9 +54,7 @@ def update_(rows: list[Row], scalars: Scalars, *, ends_window: bool, compile: bo
         if suits and _kernel_works(compile, device.type, row.p.dtype):
             if device not in numbers:
                 numbers[device] = _on_device(scalars, device)
-            # Any shape would do, but each number of dimensions costs a compilation.
-            tensors = row if row.p.ndim == 2 else [t.view(-1) for t in row]
-            done = _compiled(ends_window)(*tensors, numbers[device])
+            done = _compiled(ends_window)(*(t.view(-1) for t in row), numbers[device])
         if not done:
             others.append(row)
     for batch in _batches(others):
@@ -81,7 +79,7 @@ def _kernel_works(compile: bool, device_type: str, dtype: torch.dtype) -> bool:
 def _try_kernels(device_type: str, dtype: torch.dtype) -> str | None:
     """Why there are none, or None."""
     try:
-        row = [torch.zeros((2, KERNEL_MIN_NUMEL), dtype=dtype, device=device_type) for _ in Row._fields]
+        row = [torch.zeros(KERNEL_MIN_NUMEL, dtype=dtype, device=device_type) for _ in Row._fields]
         numbers = _on_device(Scalars(*(1.0 for _ in Scalars._fields)), row[0].device)
         compiled = all(_compiled(ends_window)(*row, numbers) for ends_window in (False, True))
     except Exception as error:  # whatever a missing or broken compiler leads to
@@ -96,14 +94,12 @@ def _compiled(ends_window: bool) -> Callable[..., bool]:
 
 
 def _step_(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, accum_grad: Tensor, numbers: Tensor) -> bool:
-    """A step on contiguous tensors; numbers are the Scalars, and the computation is in p's dtype.
+    """A step on 1-D tensors; numbers are the Scalars, and the computation is in p's dtype.
 
     Returns False and does nothing where torch.compile does not compile it.
     """
     if not torch.compiler.is_compiling():
         return False
-    # Here the views cost nothing; made by the caller, five for each tensor, they took 5% of a step (30M parameters).
-    p, grad, exp_avg, exp_avg_sq, accum_grad = (t.view(-1) for t in (p, grad, exp_avg, exp_avg_sq, accum_grad))
     decay, share, beta1, beta2, new1, new2, eps, step_size, correction2 = numbers.unbind()
     numerator = beta1 * exp_avg + new1 * grad
     denominator = (beta2 * exp_avg_sq + new2 * grad * grad).sqrt() / correction2 + eps
@@ -118,7 +114,6 @@ def _step_and_end_window_(
     """_step_, after which the moments move and a new window begins."""
     if not _step_(p, grad, exp_avg, exp_avg_sq, accum_grad, numbers):
         return False
-    exp_avg, exp_avg_sq, accum_grad = (t.view(-1) for t in (exp_avg, exp_avg_sq, accum_grad))  # one loop with the step
     _, _, beta1, beta2, new1, new2, *_ = numbers.unbind()
     exp_avg.mul_(beta1).add_(new1 * accum_grad)
     exp_avg_sq.mul_(beta2).add_(new2 * accum_grad * accum_grad)

@@ -32,7 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is dep
 def compile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Also for the small tensors of a test, except those of one element."""
     monkeypatch.setattr(accum_kernels, "KERNEL_MIN_NUMEL", 2)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 100)  # sizes of 1 are compiled apart
     if request.param:
         assert accum_kernels._kernel_works(True, "cpu", torch.float32)
         assert accum_kernels._kernel_works(True, "cpu", torch.float64)
