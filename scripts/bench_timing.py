@@ -1,0 +1,106 @@
+"""How bench.py measures: blocks of several arms in turn, ratios within a round, memory that a block allocates."""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+Result = dict[str, float | str]  # one line of a table
+Arms = dict[str, Callable[[], object]]  # what a block of each arm does
+
+
+def alternate(
+    arms: Arms,
+    rounds: int,
+    *,
+    before: Callable[[], object] | None = None,
+    now_s: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each block, by arm: arms take turns, after one round that is not counted."""
+    times_s: dict[str, list[float]] = {name: [] for name in arms}
+    for i in range(rounds + 1):
+        for name, block in arms.items():
+            if before is not None:
+                before()
+            with clock(now_s) as elapsed_s:
+                block()
+            if i > 0:
+                times_s[name] += elapsed_s
+    return times_s
+
+
+@contextmanager
+def clock(now_s: Callable[[], float]) -> Generator[list[float]]:
+    """A list that holds the seconds which the block took, once it has ended."""
+    import torch
+
+    elapsed_s: list[float] = []
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    start_s = now_s()
+    yield elapsed_s
+    synchronize()
+    elapsed_s.append(now_s() - start_s)
+
+
+def compare(times_s: dict[str, list[float]], *, base: str, per: int = 1) -> list[Result]:
+    """One line for each arm: ms of one of the `per` steps in a block, and its ratio to the base arm."""
+    return [
+        {
+            "arm": name,
+            "median ms": round(statistics.median(times) * 1e3 / per, 3),
+            "fastest ms": round(min(times) * 1e3 / per, 3),
+            f"x {base.split(', ')[-1]}": round(
+                statistics.median(t / b for t, b in zip(times, times_s[base], strict=True)), 3
+            ),
+        }
+        for name, times in times_s.items()
+    ]
+
+
+def print_table(results: list[Result]) -> None:
+    columns = list(dict.fromkeys(column for row in results for column in row))
+    lines = [columns, *([str(row.get(column, "")) for column in columns] for row in results)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        print("  ".join(cells))
+
+
+def repeat(function: Callable[[], object], n: int) -> None:
+    for _ in range(n):
+        function()
+
+
+def peak_temporary_bytes(block: Callable[[], object]) -> int:
+    """The most memory that `block` holds at once beyond what was allocated before it, state that it creates included.
+
+    On the CPU from the profiler's record of every allocation and release of torch's allocator.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before_bytes = torch.cuda.memory_allocated()
+        block()
+        return torch.cuda.max_memory_allocated() - before_bytes
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        block()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    held_bytes = peak_bytes = 0
+    for _, change_bytes in changes:
+        held_bytes += change_bytes
+        peak_bytes = max(peak_bytes, held_bytes)
+    return peak_bytes

@@ -1,0 +1,72 @@
+"""scripts/bench.py, run as a user does, on tiny models: what it prints and writes, not how fast it is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
+TINY_GPT = ["--n-layers", "1", "--n-embd", "16", "--vocab-size", "400", "--context-length", "16"]
+
+
+def run_bench(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "arms", "columns"),
+    [
+        (
+            ["optimizer", *TINY_GPT, "--accum-steps", 2],
+            {"AdamW fused", "AdamW foreach", "AccumAdamW compiled", "AccumAdamW foreach"},
+            ["x AdamW fused", "temporary % of parameters"],
+        ),
+        (
+            ["wrapper", *TINY_GPT, "--small-tensors", 3, "--steps", 1],
+            {"GPT, bare", "GPT, in DecentDP", "small tensors, bare", "small tensors, in DecentDP"},
+            ["x bare"],
+        ),
+        pytest.param(
+            ["exchange", "--workers", 2, "--numel", 1000],
+            {"all_reduce", "complete", "ring", "exp", "alternating-exp-ring"},
+            ["x all_reduce", "% hidden by matmul", "% hidden by sleep"],
+            marks=pytest.mark.dist,
+        ),
+    ],
+    ids=["optimizer", "wrapper", "exchange"],
+)
+def test_prints_and_writes_a_line_for_each_arm(
+    tmp_path: Path, arguments: list[object], arms: set[str], columns: list[str]
+) -> None:
+    done = run_bench(*arguments, "--rounds", 2, "--threads", 1, "--json", tmp_path / "results.json")
+    assert done.returncode == 0, done.stderr
+    written: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
+    assert written["arguments"]["benchmark"] == arguments[0]
+    assert written["arguments"]["rounds"] == 2
+    lines = {str(row["arm"]): row for row in written["results"]}
+    assert arms <= set(lines)  # decent-dp's too, where it is installed
+    for arm in arms:
+        assert any(line.startswith(arm) and f"{lines[arm]['median ms']}" in line for line in done.stdout.splitlines())
+        assert lines[arm]["median ms"] >= lines[arm]["fastest ms"] > 0
+    for column in ["median ms", "fastest ms", *columns]:
+        assert column in done.stdout
+        assert all(column in lines[arm] for arm in arms - {"all_reduce"})
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = (
+        f"import runpy, sys; sys.argv = ['bench.py', '--help']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.modules['torch'] = None; {program}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "optimizer|wrapper|exchange" in done.stdout
