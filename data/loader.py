@@ -28,6 +28,10 @@ _SCAN_TOKENS = 2**27  # 256 MB: what is read of a file before training starts, t
 _AHEAD = 2  # batches made before they are asked for
 
 
+class TokenError(ValueError):
+    """A token id that the model has no embedding for."""
+
+
 class MemoryFile(NamedTuple):
     """An anonymous file in memory, as other processes of the machine find it."""
 
@@ -44,8 +48,8 @@ class TokenDataset:
     constructor calls it twice, after all checks. None: this worker has no others beside it.
 
     Raises:
-        ValueError: a file that open_tokens rejects; a token id that is not below vocab_size (in the first 256 MB of
-            each file; `batch` checks the rest).
+        ValueError: open_tokens rejects a file.
+        TokenError: a token id is not below vocab_size, in the first 256 MB of a file; `batch` checks the rest.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class TokenDataset:
         them. evaluation selects the stream of evaluation batches; "val" has no other.
 
         Raises:
-            ValueError: a token id is not below vocab_size.
+            TokenError: a token id is not below vocab_size.
         """
         assert step >= 0
         assert 0 <= (rows.start or 0) <= (rows.stop or global_batch_size) <= global_batch_size
@@ -93,7 +97,7 @@ class TokenDataset:
 
     def _check_ids(self, split: Split, tokens: Tokens) -> None:
         if self.vocab_size < 2**16 and (largest := int(tokens.max(initial=0))) >= self.vocab_size:
-            raise ValueError(
+            raise TokenError(
                 f"{self.paths[split]}: holds token id {largest}, but model.vocab_size = {self.vocab_size} ends at "
                 f"{self.vocab_size - 1}; set it to at least {largest + 1} (all of GPT-2's need 50257)"
             )

@@ -58,7 +58,9 @@ class DecentDP(nn.Module):
         self.gossip_every = gossip_every  # k
         self.step = 0  # calls of exchange() so far
         self._flat = flatten_parameters_(module, multiple_of=local_world_size)  # one 1-D buffer per dtype
-        self._addresses = [p.data_ptr() for p in module.parameters()]
+        # Where the module keeps its parameters: walking it anew in every step would cost as much as a mix.
+        self._places = [(m._parameters, k) for m in module.modules() for k, p in m._parameters.items() if p is not None]
+        self._addresses = self._find_addresses()
         self._statistics = [b for b in module.buffers() if b.is_floating_point()]  # as of batch norm
         self._exchange = Exchange(
             self.topology, self._flat, comm_dtype=comm_dtype, snapshot=gossip_every > 1, timeout_s=timeout_s
@@ -85,7 +87,7 @@ class DecentDP(nn.Module):
 
     def exchange(self) -> None:
         """Starts the next averaging and returns at once. Nothing may change a parameter until the next mix."""
-        self._check_usable()
+        self._check_own()
         if not self._mixed:
             raise RuntimeError("exchange() was called twice without mix() between")
         self._mixed = False
@@ -138,14 +140,21 @@ class DecentDP(nn.Module):
             ranks = ", ".join(str(rank) for rank in peers if rank != dist.get_rank())
             raise PeerError(f"step {self.step}: waited in vain for rank {ranks}: {reason}") from error
 
-    def _check_usable(self) -> None:
+    def _check_own(self) -> None:
         if self._inside_averaged:
             raise RuntimeError("not inside averaged(): the parameters are not this worker's own there")
-        if [p.data_ptr() for p in self.module.parameters()] != self._addresses:
+
+    def _check_usable(self) -> None:
+        self._check_own()
+        if self._find_addresses() != self._addresses:
             raise RuntimeError(
                 "the module's parameters were replaced after it was wrapped, as load_state_dict(assign=True) or "
                 ".to(...) do: do that before, or load without assign"
             )
+
+    def _find_addresses(self) -> list[int]:
+        """Of each parameter's memory now; tied ones repeat."""
+        return [0 if (p := parameters[name]) is None else p.data_ptr() for parameters, name in self._places]
 
 
 def flatten_parameters_(module: nn.Module, *, multiple_of: int = 1) -> list[Tensor]:
