@@ -27,7 +27,6 @@ from model import GPT
 from optim import build_optimizer, lr_at
 from report import NonFiniteLoss, Report, log_in_to_wandb, log_to_file, log_to_terminal
 
-
 # glibc's malloc.h: number of the option, value
 MALLOC_OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28)}
 
