@@ -263,7 +263,7 @@ def test_data_dir_follows_dataset_unless_given(tmp_path: Path) -> None:
 # --- The loaded configuration ---
 
 
-names = st.from_regex(r"\A[a-z0-9_.-]{1,8}\Z").filter(lambda name: name.strip("."))
+names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,8}", fullmatch=True)
 
 
 @given(
@@ -335,9 +335,35 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.gossip_every=0", "train.gossip_every = 0: should be greater than or equal to 1"),
+        ("train.comm_dtype=float16", "train.comm_dtype = 'float16': should be 'float32' or 'bfloat16'"),
+        ("train.timeout_s=0", "train.timeout_s = 0: should be greater than 0"),
+    ],
+)
+def test_options_of_the_exchange_have_bounds(tmp_path: Path, override: str, message: str) -> None:
+    assert message in error(tmp_path, "", override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.comm_dtype=bfloat16", "train.topology=complete"], 'does not go with topology = "complete"'),
+        (["train.comm_dtype=bfloat16", "train.backend=pytorchddp"], 'are of backend = "decentdp"'),
+        (["train.gossip_every=2", "train.backend=pytorchddp"], 'are of backend = "decentdp"'),
+    ],
+)
+def test_options_of_the_exchange_that_do_not_go_together_are_refused(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    assert message in error(tmp_path, "", *overrides)
+
+
 def test_every_key_is_read_somewhere() -> None:
     folders = [ROOT / folder for folder in ("optim", "decent", "data")]
-    files = [ROOT / f"{name}.py" for name in ("train", "model", "config")]
+    files = [ROOT / f"{name}.py" for name in ("train", "report", "model", "config")]
     files += [path for folder in folders for path in folder.rglob("*.py")]
     nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
