@@ -124,7 +124,7 @@ class Exchange:
         """The ranks that the exchange in flight waits for, sorted."""
         if self._route is None:
             return ()
-        return tuple(sorted({*self._route.group, *self._route.node} - {self._rank}))
+        return tuple(sorted({*self._route.group, self._route.send_to} - {self._rank, -1}))
 
     def wait(self) -> None:
         """Until the averages are there and the buffers are free again. Raises what the exchange raised. Idempotent."""
