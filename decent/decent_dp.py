@@ -95,14 +95,18 @@ class DecentDP(nn.Module):
         if self.step % self.gossip_every == 0:
             self._exchange.start(self.step // self.gossip_every)
 
+    def wait(self) -> None:
+        """Until the exchange in flight has arrived; its values stay for the next mix."""
+        with self._naming(self._exchange.peers):
+            self._exchange.wait()
+
     @contextmanager
     def averaged(self) -> Generator[None]:
         """Inside the block the module is the exact mean of all workers' models, the same on each; after it every
         worker has its own parameters and statistics back, bit by bit, and the exchange in flight keeps its values."""
         self._check_usable()
         tensors = [*self._flat, *self._statistics]
-        with self._naming(self._exchange.peers):
-            self._exchange.wait()  # it reads the buffers that change now
+        self.wait()  # the exchange reads the buffers that change now
         own = [t.clone() for t in tensors]
         with self._naming(range(dist.get_world_size())):
             for t in tensors:
@@ -121,13 +125,14 @@ class DecentDP(nn.Module):
         """sqrt(1/n sum_i |x_i - mean|^2), over all parameters (Kong et al. 2021, "Consensus Control for Decentralized
         Deep Learning"). A collective."""
         self._check_usable()
-        self._exchange.wait()
+        self.wait()
         squares = torch.zeros((), dtype=torch.float64, device=self._flat[0].device)
-        for x in self._flat:
-            mean = x.clone()
-            _mean_over_workers_(mean)
-            squares += torch.linalg.vector_norm(mean.sub_(x), dtype=torch.float64) ** 2
-        _mean_over_workers_(squares)
+        with self._naming(range(dist.get_world_size())):
+            for x in self._flat:
+                mean = x.clone()
+                _mean_over_workers_(mean)
+                squares += torch.linalg.vector_norm(mean.sub_(x), dtype=torch.float64) ** 2
+            _mean_over_workers_(squares)
         return squares.sqrt().item()
 
     @contextmanager

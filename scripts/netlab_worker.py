@@ -150,16 +150,13 @@ def _decentdp(arm: Arm, gpt: EmulatedGPT, world: World, base: Callable[..., Cont
     model = DecentDP(gpt, arm.topology, world.local_world_size, comm_dtype=comm_dtype, gossip_every=arm.every)
     cycle = model.topology.period * arm.every
 
-    def drain() -> None:
-        model._exchange.wait()  # the public ways, averaged() and consensus_distance(), would send more
-
     def exchange_alone() -> None:
         for _ in range(cycle):
             model.mix()
             model.exchange()
-        drain()
+        model.wait()
 
-    return base(model, _optimizer(arm, gpt), cycle, model.mix, model.exchange, exchange_alone, drain)
+    return base(model, _optimizer(arm, gpt), cycle, model.mix, model.exchange, exchange_alone, model.wait)
 
 
 def _decent_dp(arm: Arm, gpt: EmulatedGPT, world: World, base: Callable[..., Contender]) -> Contender:

@@ -391,6 +391,8 @@ def lose_rank_1_in_step_3(how: str) -> str:
                 time.sleep(6)
                 return "slept"
             one_step(model, optimizer, rank, step)
+            if how == "hangs before an evaluation" and step == 3:
+                model.consensus_distance()
     except PeerError as error:
         if how == "dies":
             raise  # for the harness to report, which cannot do without a rank
@@ -399,8 +401,9 @@ def lose_rank_1_in_step_3(how: str) -> str:
 
 
 @pytest.mark.fault
-def test_a_worker_that_hangs_is_named_with_the_step_by_those_that_wait_for_it() -> None:
-    found, _ = run_workers(2, lose_rank_1_in_step_3, "hangs")
+@pytest.mark.parametrize("how", ["hangs", "hangs before an evaluation"])
+def test_a_worker_that_hangs_is_named_with_the_step_by_those_that_wait_for_it(how: str) -> None:
+    found, _ = run_workers(2, lose_rank_1_in_step_3, how)
     assert found.startswith("step 4: waited in vain for rank 1: ")  # what rank 1 sent after step 2 was still there
 
 
