@@ -50,7 +50,9 @@ def plan_route(topology: Topology, step: int, rank: int) -> Route:
         return Route("stay", group)
     if len(group) == 2:
         (source,) = set(group) - {rank}
-        (target,) = {i for i in range(topology.world_size) if rank in topology.group(step, i)} - {rank}
+        target = source
+        if topology.group(step, source) != group:  # a directed round
+            (target,) = {i for i in range(topology.world_size) if rank in topology.group(step, i)} - {rank}
         return Route("pair", group, send_to=target, receive_from=source)
     if len(group) == 2 * local and len({i // local for i in group}) == 2:
         node = tuple(i for i in group if i // local == rank // local)
@@ -89,8 +91,8 @@ class Exchange:
         if comm_dtype is not None and topology.name == "complete":
             # Rounding inside an all-reduce would move the mean in every step, by as much as an update does.
             raise ValueError(f'topology "complete" cannot send {comm_dtype}: use "exp", "ring" or float32')
-        self._topology = topology
         self._rank = dist.get_rank()
+        self._routes = [plan_route(topology, step, self._rank) for step in range(topology.period)]
         self._comm_dtype = comm_dtype
         self._chunk_bytes = CHUNK_BYTES[dist.get_backend()]
         self._buffers = buffers
@@ -111,7 +113,7 @@ class Exchange:
     @torch.no_grad()
     def start(self, step: int) -> None:
         """Starts the averaging of `step` and returns at once."""
-        self._route = route = plan_route(self._topology, step, self._rank)
+        self._route = route = self._routes[step % len(self._routes)]
         if route.kind == "stay":
             return
         if self._sources is not self._buffers:
