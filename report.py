@@ -83,8 +83,9 @@ class Report:
             NonFiniteLoss: it is nan or infinite; looked at every CHECK_INTERVAL steps.
         """
         if step % CHECK_INTERVAL == 0:
-            require_finite(loss.item(), step)
-            self.bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            value = loss.item()  # the GPU is waited for here
+            require_finite(value, step)
+            self.bar.set_postfix(loss=f"{value:.3f}", refresh=False)
         self.bar.update(step - self.bar.n)
 
     def evaluation(self, step: int, losses: dict[str, float], **more: float) -> None:
