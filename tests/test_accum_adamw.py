@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loguru import logger
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_cpp_code
 
 from optim import AccumAdamW, accum_kernels
+from optim.accum_kernels import Scalars
 from scripts.bench_timing import peak_temporary_bytes
 
 # torch's own, when its compiler is imported
@@ -29,9 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is dep
 
 
 @pytest.fixture(params=[True, False], ids=["compiled", "foreach"])
-def compile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Also for the small tensors of a test, except those of one element."""
-    monkeypatch.setattr(accum_kernels, "KERNEL_MIN_NUMEL", 2)
+def compile(request: pytest.FixtureRequest) -> bool:
     if request.param:
         assert accum_kernels._kernel_works(True, "cpu", torch.float32)
         assert accum_kernels._kernel_works(True, "cpu", torch.float64)
@@ -316,7 +317,7 @@ def test_a_step_allocates_less_than_a_tenth_of_the_parameters(compile: bool) -> 
 
 
 def test_one_kernel_serves_tensors_of_all_sizes_and_all_steps() -> None:
-    shapes = [(500, 32), (256, 32), (96, 64), (64, 64), (256, 64), (64, 256), (64,), (1,), ()]
+    shapes = [(500, 32), (256, 32), (96, 64), (64, 64), (256, 64), (64, 256), (64,), (1,), ()] * 2
     flat = torch.ones(sum(math.prod(shape) for shape in shapes))
     params = []
     for shape, place in zip(shapes, flat.split([math.prod(shape) for shape in shapes]), strict=True):
@@ -333,8 +334,38 @@ def test_one_kernel_serves_tensors_of_all_sizes_and_all_steps() -> None:
     assert 2 <= graphs["unique_graphs"] - before <= 4
 
 
+def test_a_backward_through_parameters_that_a_step_has_changed_is_an_error(compile: bool) -> None:
+    p = nn.Parameter(torch.ones(5000))
+    optimizer = AccumAdamW([p], compile=compile)
+    loss = p.square().sum()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_compiled_kernel_uses_all_threads() -> None:
+    rows = accum_kernels._scratch(torch.device("cpu"), torch.float32, (False,) * 5)
+    numbers = torch.ones(len(Scalars._fields), dtype=torch.float64)
+    n_threads = torch.get_num_threads()
+    torch._dynamo.reset()
+    try:
+        torch.set_num_threads(2)
+        with (
+            torch.compiler.config.patch(  # pyright: ignore[reportAttributeAccessIssue]
+                force_disable_caches=True
+            ),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+            _, code = run_and_get_cpp_code(lambda: accum_kernels._compiled(False)(rows, numbers))
+    finally:
+        torch.set_num_threads(n_threads)
+    assert "#pragma omp parallel" in code  # that is absent from a kernel that one thread runs
+
+
 @pytest.mark.parametrize(
-    ("compile", "expected"), [(True, "one compiled kernel per tensor"), (False, "foreach operations, since compile = ")]
+    ("compile", "expected"), [(True, "one compiled kernel, "), (False, "foreach operations, since compile = ")]
 )
 def test_what_is_used_is_logged_once(log: list[str], compile: bool, expected: str) -> None:
     p = nn.Parameter(torch.ones(5000))
