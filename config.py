@@ -34,6 +34,8 @@ class LogConfig(Section):
     wandb_project: str = "gpt2-owt"
     eval_interval: Count = 1000  # steps between two evaluations
     eval_steps: Count = 200  # global batches per evaluation and split
+    checkpoint_interval: Count | None = None  # steps between two checkpoints; None: eval_interval
+    keep_checkpoints: Count = 2  # the newest so many stay
     run_name: Name | None = None  # folder in log_dir; None: SLURM_JOB_ID, else the time
 
 
@@ -67,6 +69,7 @@ class TrainConfig(Section):
     topology: TopologyName = "alternating-exp-ring"  # decentdp: who averages with whom
     comm_dtype: Literal["float32", "bfloat16"] = "float32"  # decentdp: what travels between pairs and between nodes
     gossip_every: Count = 1  # decentdp: steps between two exchanges; each hides behind that many steps
+    stop_on_nan: bool = True  # end the run when a loss is not finite; its checkpoints stay
     timeout_s: Positive = 600.0  # how long a worker waits for another one before it gives up
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     global_batch_size: Count = 480  # sequences per step, over all workers
@@ -137,6 +140,7 @@ class Config(Section):
     dataset: Name = "openwebtext"  # a folder of data/
     data_dir: str = Field(default_factory=lambda config: f"./data/{config['dataset']}")  # holds train.bin and val.bin
     in_memory: bool = True  # read the corpus into memory once per node, instead of mapping the files
+    checkpoint: str = ""  # where to start: a checkpoint or a run directory; "": from scratch, or where this run was
     log: LogConfig = LogConfig()
     train: TrainConfig = TrainConfig()
     model: ModelConfig = ModelConfig()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import wandb
@@ -50,23 +51,43 @@ class Report:
         self.best_val_loss = math.inf
         self.train_time_s = 0.0  # up to the last pause
         self.evaluated_step, self.evaluated_time_s = 0, 0.0  # of the last evaluation
+        self.wandb_id: str | None = None
         self.wandb = None
-        if cfg.log.wandb_log and world.rank == 0:
-            self.wandb = wandb.init(
-                project=cfg.log.wandb_project, name=run_dir.name, dir=run_dir, config=cfg.model_dump()
-            )
         introduce(world, cfg, gpt)
-        quiet = world.rank != 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=cfg.train.n_steps, unit="step", dynamic_ncols=True, disable=quiet)
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("best_val_loss", "train_time_s", "evaluated_step", "evaluated_time_s", "wandb_id")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+    @contextmanager
+    def running(self, first_step: int) -> Generator[None]:
+        """While the training loop runs. What was told of steps from first_step on, by a run that was killed, goes."""
+        quiet = self.world.rank != 0 or not sys.stderr.isatty()
+        n_steps = self.cfg.train.n_steps
+        self.bar = tqdm(total=n_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=quiet)
+        if self.world.rank == 0:
+            forget_metrics(self.run_dir / "metrics.jsonl", after_step=first_step)
+            if self.cfg.log.wandb_log:
+                self.wandb = wandb.init(
+                    project=self.cfg.log.wandb_project,
+                    name=self.run_dir.name,
+                    id=self.wandb_id,
+                    resume="allow",
+                    dir=self.run_dir,
+                    config=self.cfg.model_dump(),
+                )
+                self.wandb_id = self.wandb.id
         self.resumed_at_s = time.perf_counter()
-
-    def __enter__(self) -> "Report":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        try:
+            yield
+        finally:
+            self.bar.close()
+            if self.wandb is not None:
+                self.wandb.finish()
 
     @contextmanager
     def pause(self) -> Generator[None]:
@@ -84,7 +105,7 @@ class Report:
         """
         if step % CHECK_INTERVAL == 0:
             value = loss.item()  # the GPU is waited for here
-            require_finite(value, step)
+            self.require_finite(value, step)
             self.bar.set_postfix(loss=f"{value:.3f}", refresh=False)
         self.bar.update(step - self.bar.n)
 
@@ -95,7 +116,7 @@ class Report:
             NonFiniteLoss: a loss is nan or infinite.
         """
         for loss in losses.values():
-            require_finite(loss, step)
+            self.require_finite(loss, step)
         interval_s = self.train_time_s - self.evaluated_time_s
         s_per_step = interval_s / (step - self.evaluated_step)
         self.evaluated_step, self.evaluated_time_s = step, self.train_time_s
@@ -126,6 +147,17 @@ class Report:
             self.best_val_loss = losses["val"]
             self.save_best_model(step)
 
+    def require_finite(self, loss: float, step: int) -> None:
+        """
+        Raises:
+            NonFiniteLoss: it is not, and train.stop_on_nan is set.
+        """
+        if self.cfg.train.stop_on_nan and not math.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss is {loss} at step {step}: training stops; the last checkpoint in {self.run_dir} was saved "
+                "before. Try a lower train.lr_schedule.lr, more warmup_steps or amp = false"
+            )
+
     def save_best_model(self, step: int) -> None:
         path = self.run_dir / "best_model.pth"
         logger.info("New best model found. Saving...")
@@ -146,6 +178,8 @@ def introduce(world: World, cfg: Config, gpt: GPT) -> None:
     batch, length = cfg.train.global_batch_size, cfg.train.context_length
     n_micro_batches = cfg.train.micro_batches(world.world_size)
     how = cfg.train.backend + (f" over {cfg.train.topology}" if cfg.train.backend == "decentdp" else "")
+    if world.restart_count:
+        logger.info(f"Restart number {world.restart_count} of this run")
     logger.info(
         f"{how}, {cfg.train.optim.name}; {world.world_size} workers, {world.local_world_size} on each node, "
         f"{world.device.type}, torch {torch.__version__}"
@@ -167,12 +201,13 @@ def peak_flops_per_s(world: World) -> float | None:
     return next((world.world_size * flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
 
 
-def require_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise NonFiniteLoss(
-            f"the loss is {loss} at step {step}: training stops. Try a lower train.lr_schedule.lr, more warmup_steps "
-            "or amp = false"
-        )
+def forget_metrics(path: Path, *, after_step: int) -> None:
+    """Takes the lines of later steps out of a metrics.jsonl, and a last one that was cut short."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= after_step]
+        path.with_suffix(".tmp").write_text("".join(kept))
+        path.with_suffix(".tmp").replace(path)
 
 
 def log_in_to_wandb() -> None:

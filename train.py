@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from config import Config, load_config
 from data import TokenDataset, prefetch
 from data.loader import Split, TokenError
-from decent import AllReduceDP, DecentDP, PeerError, SetupError, World, build_topology
+from decent import AllReduceDP, Checkpoints, DecentDP, PeerError, SetupError, StopRequest, World, build_topology
 from model import GPT
 from optim import build_optimizer, lr_at
 from report import NonFiniteLoss, Report, log_in_to_wandb, log_to_file, log_to_terminal
@@ -46,6 +46,7 @@ def main() -> int:
         cfg = error  # raised when the workers have met, for then all end with it
     with world.connected(cfg.train.timeout_s if isinstance(cfg, Config) else None):
         try:
+            tune_process()
             cfg, dataset, run_dir = prepare(world, cfg)
             train(world, cfg, dataset, run_dir)
         except SetupError as error:
@@ -85,8 +86,7 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
             share=world.share_on_node if world.local_world_size > 1 else None,
         )
     with world.failing_together():
-        name = cfg.log.run_name or world.job_id or datetime.now().strftime("%Y%m%d-%H%M%S")
-        run_dir = Path(cfg.log_dir) / world.gather(name)[0]  # clocks differ: rank 0's
+        run_dir = Path(cfg.log_dir) / world.gather(name_of_run(world, cfg))[0]  # clocks differ: rank 0's
         if world.rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.toml").write_text(cfg.to_toml())
@@ -95,7 +95,6 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
 
 
 def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> None:
-    tune_process()
     torch.manual_seed(cfg.train.seed)
     gpt = GPT(cfg.model, cfg.train.context_length).to(world.device)
     if cfg.train.compile:
@@ -106,23 +105,22 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> No
     torch.manual_seed(cfg.train.seed + 1 + world.rank)  # from here on only dropout draws: not the same on all workers
 
     report = Report(world, cfg, run_dir, gpt)
-    n_micro_batches = cfg.train.micro_batches(world.world_size)
-    # Resuming a run belongs here: set first_step, and load what model, optimizer, scaler and report hold.
-    first_step = 0
-    loss = torch.zeros((), device=world.device)
-    with closing(local_batches(world, cfg, dataset, "train", first_step, cfg.train.n_steps)) as batches, report:
+    stop = StopRequest(cfg.train.timeout_s)
+    parts = {"optimizer": optimizer, "scaler": scaler, "report": report}
+    checkpoints = Checkpoints(run_dir / "checkpoint", world, model, parts, cfg)
+    first_step = checkpoints.restore(cfg.checkpoint)
+    with (
+        closing(local_batches(world, cfg, dataset, "train", first_step, cfg.train.n_steps)) as batches,
+        closing(checkpoints),
+        report.running(first_step),
+        stop.naming_the_missing(),
+    ):
         for step, (x, y) in enumerate(batches, first_step):
             lr = lr_at(step, cfg.train.lr_schedule, cfg.train.n_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            loss.zero_()
-            for i, (xs, ys) in enumerate(zip(x.chunk(n_micro_batches), y.chunk(n_micro_batches), strict=True), 1):
-                with nullcontext() if i == n_micro_batches else model.no_sync():
-                    with autocast:
-                        micro_loss = model(xs, ys)[1] / n_micro_batches
-                    scaler.scale(micro_loss).backward()
-                    loss += micro_loss.detach()
+            loss = forward_and_backward(model, x, y, cfg.train.micro_batches(world.world_size), autocast, scaler)
             if cfg.train.grad_norm_clip:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(gpt.parameters(), cfg.train.grad_norm_clip)
@@ -132,12 +130,50 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> No
             scaler.update()
 
             report.progress(step + 1, loss)
-            if (step + 1) % cfg.log.eval_interval == 0 or step + 1 == cfg.train.n_steps:
+            stopping, last = stop.agreed(), step + 1 == cfg.train.n_steps
+            if (step + 1) % cfg.log.eval_interval == 0 or last:
                 with report.pause():
                     consensus_distance = model.consensus_distance()
                     with model.averaged(), autocast:
                         losses = evaluate(model, world, cfg, dataset)
                         report.evaluation(step + 1, losses, lr=lr, consensus_distance=consensus_distance)
+            if (step + 1) % (cfg.log.checkpoint_interval or cfg.log.eval_interval) == 0 or last or stopping:
+                with report.pause():
+                    report.require_finite(loss.item(), step + 1)
+                    checkpoints.save(step + 1)
+            if stopping and not last:
+                logger.info(f"Asked to stop: ends after step {step + 1}; the same command goes on from there")
+                break
+
+
+def forward_and_backward(
+    model: DecentDP | AllReduceDP,
+    x: Tensor,
+    y: Tensor,
+    n_micro_batches: int,
+    autocast: AbstractContextManager[Any],
+    scaler: torch.amp.GradScaler,
+) -> Tensor:
+    """Adds the gradient of the mean loss of x, y, both (rows, T), and returns that loss, a scalar."""
+    loss = torch.zeros((), device=x.device)
+    for i, (xs, ys) in enumerate(zip(x.chunk(n_micro_batches), y.chunk(n_micro_batches), strict=True), 1):
+        with nullcontext() if i == n_micro_batches else model.no_sync():
+            with autocast:
+                micro_loss = model(xs, ys)[1] / n_micro_batches
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+    return loss
+
+
+def name_of_run(world: World, cfg: Config) -> str:
+    """Of its directory. A run that torchrun has started again goes on in the newest one with this configuration."""
+    if name := cfg.log.run_name or world.job_id:
+        return name
+    if world.restart_count:
+        runs = [path for path in Path(cfg.log_dir).glob("*/config.toml") if path.read_text() == cfg.to_toml()]
+        if runs:
+            return max(runs, key=lambda path: path.stat().st_mtime).parent.name
+    return datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 def tune_process() -> None:

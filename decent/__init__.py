@@ -1,8 +1,19 @@
 """Everything that knows there is more than one worker."""
 
 from decent.allreduce_dp import AllReduceDP
+from decent.checkpoint import Checkpoints
 from decent.decent_dp import DecentDP
 from decent.topology import Topology, build_topology
-from decent.world import PeerError, SetupError, World
+from decent.world import PeerError, SetupError, StopRequest, World
 
-__all__ = ["AllReduceDP", "DecentDP", "PeerError", "SetupError", "Topology", "World", "build_topology"]
+__all__ = [
+    "AllReduceDP",
+    "Checkpoints",
+    "DecentDP",
+    "PeerError",
+    "SetupError",
+    "StopRequest",
+    "Topology",
+    "World",
+    "build_topology",
+]

@@ -1,6 +1,7 @@
 """All-Reduce data parallel training: torch's DDP with the verbs of DecentDP, so that the loop has no branches."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 class AllReduceDP(DistributedDataParallel):
     """All workers hold the same parameters; backward averages their gradients."""
 
+    replicated = True
+
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         super().__init__(module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
@@ -18,6 +21,13 @@ class AllReduceDP(DistributedDataParallel):
 
     def exchange(self) -> None:
         """Nothing: the gradients have been exchanged in backward."""
+
+    def in_flight(self) -> dict[str, Any]:
+        """Nothing, between two steps."""
+        return {}
+
+    def restart(self, in_flight: dict[str, Any]) -> None:
+        """Nothing to do."""
 
     def averaged(self) -> AbstractContextManager[None]:
         """The module is the mean of all workers' at any time."""

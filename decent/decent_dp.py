@@ -40,6 +40,8 @@ class DecentDP(nn.Module):
         ValueError: there is no such topology, it does not fit the world, or it cannot be rounded to comm_dtype.
     """
 
+    replicated = False  # the workers hold different parameters
+
     def __init__(
         self,
         module: nn.Module,
@@ -94,6 +96,19 @@ class DecentDP(nn.Module):
         self.step += 1
         if self.step % self.gossip_every == 0:
             self._exchange.start(self.step // self.gossip_every)
+
+    def in_flight(self) -> dict[str, Any]:
+        """What `restart` needs, besides the parameters, to start the exchange in flight once more."""
+        return {"step": self.step, "gossip_every": self.gossip_every, "snapshots": self._exchange.snapshots}
+
+    def restart(self, in_flight: dict[str, Any]) -> None:
+        """Starts an exchange again that was in flight when the parameters, which are loaded by now, were saved.
+
+        A collective, between an exchange and a mix. Snapshots of another gossip_every are dropped.
+        """
+        self.step, self._mixed = in_flight["step"], False
+        if self.step >= self.gossip_every == in_flight["gossip_every"]:
+            self._exchange.start(self.step // self.gossip_every, in_flight["snapshots"])
 
     def wait(self) -> None:
         """Until the exchange in flight has arrived; its values stay for the next mix."""

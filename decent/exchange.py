@@ -1,7 +1,9 @@
 """One averaging of flat buffers with the neighbours, carried out beside the computation.
 
 An exchange is written as ordinary blocking calls, one after the other, and run in the background: by a thread under
-gloo, on a CUDA stream of its own under NCCL. How a round travels is decided here and nowhere else:
+gloo, on a CUDA stream of its own under NCCL. It hands over one piece after the other, so that when a link is what a
+step waits for, only the last piece is left to be copied at the end. How a round travels is decided here and nowhere
+else:
 
 * Pairs and shifts by send and receive, in chunks of which some are always under way. That fills a link in both
   directions at once, as an all-reduce in a group of two would (one large send and receive take turns: half of it), and
@@ -12,11 +14,13 @@ gloo, on a CUDA stream of its own under NCCL. How a round travels is decided her
 * Any other group by all-reduce.
 """
 
+import queue
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,6 +33,9 @@ from decent.topology import Topology
 CHUNK_BYTES = {"gloo": 2**20, "nccl": 2**26}  # of what a pair sends at once, before rounding
 CHUNKS_UNDER_WAY = 8
 SEGMENTS = 8  # of what two nodes average
+
+
+Piece = tuple[int, slice]  # of the buffer with this index
 
 
 @dataclass(frozen=True)
@@ -110,14 +117,19 @@ class Exchange:
         self._route: Route | None = None  # of the exchange in flight
         self._background = _CudaStream(buffers[0].device) if buffers[0].is_cuda else _Thread()
 
+    @property
+    def snapshots(self) -> list[Tensor]:
+        """What the exchange in flight sends, one for each buffer; none where it sends the buffers themselves."""
+        return [] if self._sources is self._buffers else self._sources
+
     @torch.no_grad()
-    def start(self, step: int) -> None:
-        """Starts the averaging of `step` and returns at once."""
+    def start(self, step: int, snapshots: list[Tensor] | None = None) -> None:
+        """Starts the averaging of `step` and returns at once. snapshots: what to send, not the buffers of now."""
         self._route = route = self._routes[step % len(self._routes)]
         if route.kind == "stay":
             return
         if self._sources is not self._buffers:
-            for source, x in zip(self._sources, self._buffers, strict=True):
+            for source, x in zip(self._sources, snapshots or self._buffers, strict=True):
                 source.copy_(x)
         self._background.run(lambda: self._average(route))
 
@@ -137,60 +149,60 @@ class Exchange:
         """x <- W x, or x <- x + W s - s of the snapshot s, once for each start; nothing when none was started."""
         if self._route is None or self._route.kind == "stay":
             return
-        self.wait()
-        self._route = None
-        for x, source, average in zip(self._buffers, self._sources, self._averages, strict=True):
-            if source is x:
+        for i, piece in self._background.arrivals():
+            x, source, average = (tensors[i][piece] for tensors in (self._buffers, self._sources, self._averages))
+            if self._sources is self._buffers:
                 x.copy_(average)
             else:
-                x.add_(average)
+                x.add_(average.sub_(source))
+        self._route = None
 
     @torch.no_grad()
-    def _average(self, route: Route) -> None:
+    def _average(self, route: Route) -> Iterator[Piece]:
+        """Fills the averages and yields their parts that are final."""
         carry = {"pair": self._pair, "two_nodes": self._two_nodes, "group": self._group}[route.kind]
         with record_function(f"gossip.{route.kind}"):
-            for x, source, average in zip(self._buffers, self._sources, self._averages, strict=True):
-                carry(source, average, route)
-                if source is not x:
-                    average.sub_(source)
+            for i, (source, average) in enumerate(zip(self._sources, self._averages, strict=True)):
+                for piece in carry(source, average, route):
+                    yield i, piece
 
-    def _pair(self, x: Tensor, average: Tensor, route: Route) -> None:
+    def _pair(self, x: Tensor, average: Tensor, route: Route) -> Iterator[slice]:
         """average <- x + (Q(theirs) - Q(x)) / 2, or (x + theirs) / 2 without rounding. May be in place."""
         size = self._chunk_bytes // x.element_size()
-        under_way: deque[Callable[[], None]] = deque()
-        for mine, out in zip(x.split(size), average.split(size), strict=True):
-            if len(under_way) == CHUNKS_UNDER_WAY:
-                under_way.popleft()()
-            under_way.append(self._start_chunk(mine, out, route))
-        for finish in under_way:
-            finish()
+        chunks = [slice(begin, begin + size) for begin in range(0, x.numel(), size)]
+        under_way = deque(self._start_chunks(chunks[:CHUNKS_UNDER_WAY], x, average, route))
+        for i, chunk in enumerate(chunks, CHUNKS_UNDER_WAY):
+            under_way.popleft()()
+            under_way += self._start_chunks(chunks[i : i + 1], x, average, route)
+            yield chunk
 
-    def _start_chunk(self, x: Tensor, out: Tensor, route: Route) -> Callable[[], None]:
-        sent = x if self._comm_dtype is None else x.to(self._comm_dtype)
-        theirs = torch.empty_like(sent)
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, sent, route.send_to, self._everyone),
-                dist.P2POp(dist.irecv, theirs, route.receive_from, self._everyone),
-            ]
-        )
+    def _start_chunks(self, chunks: list[slice], x: Tensor, average: Tensor, route: Route) -> list[Callable[[], None]]:
+        """What ends each of them."""
+        sent = [x[c] if self._comm_dtype is None else x[c].to(self._comm_dtype) for c in chunks]
+        theirs = [torch.empty_like(t) for t in sent]
+        # Receives first: under gloo each tells the peer that it may send, and must not queue behind our own chunks.
+        ops = [dist.P2POp(dist.irecv, t, route.receive_from, self._everyone) for t in theirs]
+        ops += [dist.P2POp(dist.isend, t, route.send_to, self._everyone) for t in sent]
+        works = dist.batch_isend_irecv(ops) if ops else []  # gloo: one for each; NCCL: one for all
 
         @torch.no_grad()
-        def finish() -> None:
-            _wait(works)
+        def finish(i: int) -> None:
+            _wait(works[i :: len(chunks)])
+            out = average[chunks[i]]
             if self._comm_dtype is None:
-                torch.add(x, theirs, out=out).mul_(0.5)  # symmetric: both of a pair get the same bits
+                torch.add(sent[i], theirs[i], out=out).mul_(0.5)  # symmetric: both of a pair get the same bits
             else:
-                torch.add(x, theirs.to(x.dtype).sub_(sent), alpha=0.5, out=out)
+                torch.add(x[chunks[i]], theirs[i].to(x.dtype).sub_(sent[i]), alpha=0.5, out=out)
 
-        return finish
+        return [partial(finish, i) for i in range(len(chunks))]
 
-    def _two_nodes(self, x: Tensor, average: Tensor, route: Route) -> None:
+    def _two_nodes(self, x: Tensor, average: Tensor, route: Route) -> Iterator[slice]:
         """In segments, so that the nodes' insides work while the link between them does."""
         node = self._groups[route.node]
         n_local, local_rank = len(route.node), route.node.index(self._rank)
         average.copy_(x)
-        segments = [s.view(n_local, -1) for s in average.split(-(-x.numel() // (SEGMENTS * n_local)) * n_local)]
+        size = -(-x.numel() // (SEGMENTS * n_local)) * n_local
+        segments = [s.view(n_local, -1) for s in average.split(size)]
         # Not reduce_scatter and all_gather: gloo takes 4 and 8 times as long for them.
         to_shards = [
             [dist.reduce(shards[i], route.node[i], group=node, async_op=True) for i in range(n_local)]
@@ -200,13 +212,17 @@ class Exchange:
         for shards, works in zip(segments, to_shards, strict=True):
             _wait(works)
             mine = shards[local_rank].mul_(1 / n_local)
-            self._pair(mine, mine, route)
-            to_all += [dist.broadcast(shards[i], route.node[i], group=node, async_op=True) for i in range(n_local)]
-        _wait(to_all)
+            for _ in self._pair(mine, mine, route):
+                pass
+            to_all.append([dist.broadcast(shards[i], route.node[i], group=node, async_op=True) for i in range(n_local)])
+        for i, works in enumerate(to_all):
+            _wait(works)
+            yield slice(i * size, (i + 1) * size)
 
-    def _group(self, x: Tensor, average: Tensor, route: Route) -> None:
+    def _group(self, x: Tensor, average: Tensor, route: Route) -> Iterator[slice]:
         torch.mul(x, 1 / len(route.group), out=average)
         dist.all_reduce(average, group=self._groups[route.group])
+        yield slice(None)
 
 
 def _wait(works: list[Any]) -> None:
@@ -220,9 +236,23 @@ class _Thread:
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gossip")
         self._running: Future[None] | None = None
+        self._arrived: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()  # None: there is no more
 
-    def run(self, function: Callable[[], None]) -> None:
-        self._running = self._executor.submit(function)
+    def run(self, pieces: Callable[[], Iterator[Piece]]) -> None:
+        self._running = self._executor.submit(self._run, pieces)
+
+    def _run(self, pieces: Callable[[], Iterator[Piece]]) -> None:
+        try:
+            for piece in pieces():
+                self._arrived.put(piece)
+        finally:
+            self._arrived.put(None)
+
+    def arrivals(self) -> Iterator[Piece]:
+        """Each piece as soon as it is there. Raises what the function raised."""
+        while (piece := self._arrived.get()) is not None:
+            yield piece
+        self.wait()
 
     def wait(self) -> None:
         if self._running is not None:
@@ -234,11 +264,16 @@ class _CudaStream:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
+        self._pieces: list[Piece] = []
 
-    def run(self, function: Callable[[], None]) -> None:
+    def run(self, pieces: Callable[[], Iterator[Piece]]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            function()
+            self._pieces = list(pieces())
+
+    def arrivals(self) -> Iterator[Piece]:
+        self.wait()
+        yield from self._pieces
 
     def wait(self) -> None:
         torch.cuda.current_stream().wait_stream(self._stream)

@@ -1,12 +1,14 @@
 """Where this process stands among the workers, and what they decide together. The only reader of os.environ."""
 
 import os
+import signal
 import socket
+from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +34,7 @@ class World:
     device: torch.device  # a GPU of its own for each worker of the node, or the CPU
     n_gpus: int = 0  # of this node
     job_id: str | None = None  # SLURM's; it survives a requeue
+    restart_count: int = 0  # how often SLURM or torchrun has started this run again
 
     @classmethod
     def from_env(cls) -> "World":
@@ -49,6 +52,7 @@ class World:
             device=torch.device("cuda", local_rank) if n_gpus >= local_world_size else torch.device("cpu"),
             n_gpus=n_gpus,
             job_id=env.get("SLURM_JOB_ID"),
+            restart_count=int(env.get("SLURM_RESTART_COUNT", "0")) + int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )
 
     def require_a_device(self) -> None:
@@ -128,3 +132,59 @@ class World:
         """Waits until the device has done what it was given, so that clocks can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class StopRequest:
+    """SIGTERM or SIGUSR1 to any worker, as all workers learn of it after the same step.
+
+    Every step starts an all-reduce of one number and looks at that of LAG steps before, so that nobody waits for a
+    worker which is not that far behind.
+    """
+
+    LAG = 4  # steps
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    ROLL_CALL = timedelta(seconds=10)
+
+    def __init__(self, timeout_s: float | None = None) -> None:
+        self._received = False
+        self._under_way: deque[tuple[Tensor, dist.Work]] = deque()
+        # A group of its own, on CPUs also where the others are on GPUs: reading the answer must not wait for a GPU.
+        timeout = timedelta(seconds=timeout_s) if timeout_s else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        for number in self.SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, *_: object) -> None:
+        self._received = True
+
+    def agreed(self) -> bool:
+        """Whether to stop after this step. Called by all workers once in every step."""
+        flag = torch.tensor(float(self._received))
+        work = dist.all_reduce(flag, group=self._group, async_op=True)
+        assert work is not None
+        self._under_way.append((flag, work))
+        if len(self._under_way) <= self.LAG:
+            return False
+        flag, work = self._under_way.popleft()
+        work.wait()
+        return flag.item() > 0
+
+    @contextmanager
+    def naming_the_missing(self) -> Generator[None]:
+        """Turns what the backend says of a failed collective into a PeerError that names the ranks which are missing.
+
+        All workers that are left come here, each with an error of its own.
+        """
+        try:
+            yield
+        except PeerError:  # says it already
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            if not isinstance(error, dist.DistError) and "gloo" not in reason:
+                raise
+            try:
+                dist.monitored_barrier(self._group, timeout=self.ROLL_CALL, wait_all_ranks=True)
+            except RuntimeError as missing:
+                reason = f"{str(missing).strip().splitlines()[0]}; {reason}"
+            raise PeerError(f"a collective failed: {reason}") from error

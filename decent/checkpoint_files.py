@@ -1,0 +1,161 @@
+"""The files of a checkpoint: which there are, writing one worker's, reading and checking them. No process groups."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Any]  # what torch.load(weights_only=True) can read: tensors, numbers, strings, lists, dicts
+
+FORMAT = 1  # of the files; another number is refused
+INDEX = "index.json"
+
+
+class DamagedCheckpoint(ValueError):
+    """A file of a checkpoint is missing, or is not what was written."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint, as its index tells of it."""
+
+    path: Path
+    step: int  # optimizer steps done
+    about: dict[str, Any]  # of the run
+    workers: list[dict[str, Any]]  # "bytes" and "sha256" of each worker's file
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name) and path.is_dir())
+
+
+def complete_in(path: Path) -> list[Path]:
+    """The checkpoint `path`, or those of that folder or run directory, oldest first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [path] if (path / INDEX).exists() else complete(path) or complete(path / "checkpoint")
+    if not found:
+        raise ValueError(f'checkpoint = "{path}": there is no checkpoint, as log/RUN/checkpoint/step-000001000')
+    return found
+
+
+def read_index(path: Path) -> Saved:
+    """
+    Raises:
+        DamagedCheckpoint: it is missing or not what was written.
+    """
+    try:
+        index = json.loads((path / INDEX).read_text())
+        if index["format"] != FORMAT:
+            raise DamagedCheckpoint(f"{path / INDEX}: has format {index['format']}, this program reads {FORMAT}")
+        return Saved(path, index["step"], index["about"], index["workers"])
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path / INDEX}: cannot be read: {error}") from None
+
+
+def read_worker(saved: Saved, rank: int) -> State:
+    """The state that worker `rank` saved, on the CPU. No code in the file is run.
+
+    Raises:
+        DamagedCheckpoint: the file is missing, of another size or content than was written, or holds other objects.
+    """
+    path, expected = saved.path / _worker_file(rank), saved.workers[rank]
+    try:
+        if (found := path.stat().st_size) != expected["bytes"]:
+            raise DamagedCheckpoint(f"{path}: has {found} bytes, {expected['bytes']} were written")
+        if _sha256(path) != expected["sha256"]:
+            raise DamagedCheckpoint(f"{path}: its SHA-256 is not that of what was written")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def read_mean(saved: Saved) -> State:
+    """The elementwise mean over the workers of all floating-point tensors; what else there is, of worker 0.
+
+    Raises:
+        DamagedCheckpoint: as read_worker.
+    """
+    n = len(saved.workers)
+    state = read_worker(saved, 0)
+    sums = [t.double() if t.is_floating_point() else t for t in tensors_of(state)]
+    for rank in range(1, n):
+        for total, t in zip(sums, tensors_of(read_worker(saved, rank)), strict=True):
+            if total.is_floating_point():
+                total += t
+    means = iter(sums)
+    return map_tensors(state, lambda t: (next(means) / n).to(t.dtype) if t.is_floating_point() else next(means))
+
+
+def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested dicts, lists and tuples with function(t) for each tensor t, in their order."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(value, function) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(value, function) for value in tree)
+    return tree
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """All tensors, in the order of map_tensors."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors_of(value)
+
+
+def write_worker(folder: Path, rank: int, state: State) -> dict[str, Any]:
+    """
+    Raises:
+        OSError, RuntimeError: the file cannot be written.
+        ValueError: a parameter is not finite; an older checkpoint is of more use than this one.
+    """
+    if not all(torch.isfinite(t).all() for t in state.get("model", {}).values()):
+        raise ValueError("a parameter is nan or infinite")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _worker_file(rank)
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # or a power failure could leave the name without the bytes
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _worker_file(rank: int) -> str:
+    return f"worker-{rank:05d}.pt"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_index(folder: Path, step: int, about: dict[str, Any], workers: list[dict[str, Any]]) -> None:
+    index = {"format": FORMAT, "step": step, "about": about, "workers": workers}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def remove(path: Path) -> None:
+    """Under its name a checkpoint is complete, also while it is removed."""
+    hidden = path.with_name(f".old-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
