@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -74,7 +75,7 @@ class World:
         """
         timeout = timedelta(seconds=timeout_s) if timeout_s else None
         # A world of one needs no rendezvous, and then neither ports nor host names can be in its way.
-        store = dist.HashStore() if self.world_size == 1 else None
+        store = dist.HashStore() if self.world_size == 1 else self._rendezvous()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             backend, device_id = "nccl", self.device
@@ -87,6 +88,11 @@ class World:
             yield
         finally:
             dist.destroy_process_group()
+
+    def _rendezvous(self) -> dist.Store:
+        """torchrun's store. In a restart it still holds the addresses of the workers that died: hence the prefix."""
+        store, _, _ = next(rendezvous("env://", self.rank, self.world_size))
+        return dist.PrefixStore(f"restart_{self.restart_count}", store)
 
     def gather(self, value: T, error: str | None = None) -> list[T]:
         """Every worker's value, by rank. A collective.
@@ -151,6 +157,7 @@ class StopRequest:
         # A group of its own, on CPUs also where the others are on GPUs: reading the answer must not wait for a GPU.
         timeout = timedelta(seconds=timeout_s) if timeout_s else None
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        self._roll_call: Any = dist.new_group(backend="gloo")  # a time-out closes the connections of its group
         for number in self.SIGNALS:
             signal.signal(number, self._receive)
 
@@ -184,7 +191,7 @@ class StopRequest:
             if not isinstance(error, dist.DistError) and "gloo" not in reason:
                 raise
             try:
-                dist.monitored_barrier(self._group, timeout=self.ROLL_CALL, wait_all_ranks=True)
+                dist.monitored_barrier(self._roll_call, timeout=self.ROLL_CALL, wait_all_ranks=True)
             except RuntimeError as missing:
                 reason = f"{str(missing).strip().splitlines()[0]}; {reason}"
             raise PeerError(f"a collective failed: {reason}") from error

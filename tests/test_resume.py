@@ -1,0 +1,427 @@
+"""Runs that are stopped, killed, or find their files damaged: what is left, and that they go on as if undisturbed."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import Launcher, Run, launcher
+
+__all__ = ["launcher"]  # a fixture
+
+N_STEPS = 14
+LONG = ("train.n_steps=100000", "log.eval_interval=100000", "log.checkpoint_interval=50", "log.run_name=run")
+
+
+def final_states(run: Run) -> list[dict[str, Any]]:
+    """What each worker saved last."""
+    newest = sorted((run.dir / "checkpoint").glob("step-*"))[-1]
+    return [torch.load(path, weights_only=True) for path in sorted(newest.glob("worker-*.pt"))]
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    """Bit by bit, except for the clocks."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"train_time_s", "evaluated_time_s"}:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+def timeless(run: Run) -> list[dict[str, Any]]:
+    times = {"train_time_s", "ms_per_step", "total_train_time_s", "tokens_per_s"}
+    return [{key: value for key, value in metrics.items() if key not in times} for metrics in run.metrics]
+
+
+def in_place(launcher: Launcher, place: Path, *overrides: str, **options: Any) -> Run:
+    """A run whose log_dir is that of others."""
+    run = launcher.run(f"log_dir={place}", "log.run_name=run", *overrides, **options)
+    return Run(run.codes, run.errors, place)
+
+
+# Stops every worker at the end of a given step, as a kill between two steps would.
+KILL_AFTER = """
+if True:
+    import decent.world
+    agreed = decent.world.StopRequest.agreed
+    def dying(self, steps=iter(range(1, 10**9))):
+        if next(steps) == {n}:
+            os._exit(137)
+        return agreed(self)
+    decent.world.StopRequest.agreed = dying
+"""
+QUICK_ROLL_CALL = """
+    import decent.world
+    decent.world.StopRequest.ROLL_CALL = datetime.timedelta(seconds=1)
+"""
+
+CASES = {
+    "complete": ("train.topology=complete",),
+    "ring": ("train.topology=ring",),
+    "exp": ("train.topology=exp",),
+    "alternating-exp-ring": ("train.topology=alternating-exp-ring",),
+    "bf16": ("train.topology=exp", "train.comm_dtype=bfloat16"),
+    "gossip_every": ("train.topology=exp", "train.gossip_every=4"),
+    "adamw": ("train.topology=exp", "train.optim.name=adamw"),
+    "pytorchddp": ("train.backend=pytorchddp",),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_killed_twice_ends_with_the_same_bits(launcher: Launcher, tmp_path: Path, case: str) -> None:
+    """Checkpoints at steps 4, 8, 12: in a window of accum_steps = 3, between two exchanges of gossip_every = 4 ..."""
+    options: dict[str, Any] = {"n": 4, "nodes": 2} if case == "alternating-exp-ring" else {"n": 2}
+    overrides = (
+        *CASES[case],
+        f"train.n_steps={N_STEPS}",
+        "train.optim.accum_steps=3",
+        "model.dropout=0.1",
+        "log.eval_interval=5",
+        "log.checkpoint_interval=3" if case == "gossip_every" else "log.checkpoint_interval=4",
+    )
+    undisturbed = in_place(launcher, tmp_path / "whole", *overrides, **options)
+    assert undisturbed.codes == [0] * options["n"], undisturbed.errors
+    for n_steps_until_the_kill in (6, 5):
+        killed = in_place(
+            launcher, tmp_path / "parts", *overrides, first=KILL_AFTER.format(n=n_steps_until_the_kill), **options
+        )
+        assert killed.codes == [137] * options["n"], killed.errors
+    resumed = in_place(launcher, tmp_path / "parts", *overrides, **options)
+    assert resumed.codes == [0] * options["n"], resumed.errors
+    assert sum("Resumed from" in line for line in resumed.log) == 2
+    assert timeless(resumed) == timeless(undisturbed)
+    for a, b in zip(final_states(resumed), final_states(undisturbed), strict=True):
+        assert_equal(a, b)
+    best = [torch.load(run.dir / "best_model.pth", weights_only=True) for run in (resumed, undisturbed)]
+    assert_equal(*best)
+
+
+def test_a_finished_run_has_nothing_to_do_and_a_longer_one_goes_on(launcher: Launcher, tmp_path: Path) -> None:
+    first = in_place(launcher, tmp_path)
+    again = in_place(launcher, tmp_path)
+    assert again.codes == [0]
+    assert "Resumed from" in again.errors[0]
+    assert again.metrics == first.metrics
+    longer = in_place(launcher, tmp_path, "train.n_steps=20")
+    assert longer.codes == [0]
+    assert [metrics["step"] for metrics in longer.metrics] == [5, 10, 12, 15, 20]
+    times = [metrics["total_train_time_s"] for metrics in longer.metrics]
+    assert times == sorted(times)
+
+
+def test_what_a_killed_run_told_of_later_steps_is_told_once(launcher: Launcher, tmp_path: Path) -> None:
+    options = ("log.checkpoint_interval=4", "log.eval_interval=3")
+    in_place(launcher, tmp_path, *options, first=KILL_AFTER.format(n=8))  # told of steps 3 and 6, saved step 4
+    resumed = in_place(launcher, tmp_path, *options)
+    assert [metrics["step"] for metrics in resumed.metrics] == [3, 6, 9, 12]
+
+
+def test_only_the_newest_checkpoints_stay(launcher: Launcher, tmp_path: Path) -> None:
+    run = in_place(launcher, tmp_path, "log.checkpoint_interval=2", "log.keep_checkpoints=3")
+    names = sorted(path.name for path in (run.dir / "checkpoint").iterdir())
+    assert names == ["step-000000008", "step-000000010", "step-000000012"]
+
+
+# --- Another start: other worlds, other backends, wandb ---
+
+
+def test_other_numbers_of_workers_start_from_the_mean(launcher: Launcher, tmp_path: Path) -> None:
+    before = final_states(in_place(launcher, tmp_path, n=4))
+    run = in_place(launcher, tmp_path, "train.n_steps=13", "train.lr_schedule.lr=0", "train.lr_schedule.eta_min=0", n=2)
+    assert run.codes == [0, 0], run.errors
+    assert any("is of 4 workers, this run has 2: all start from the mean" in line for line in run.log)
+    for after in final_states(run):  # with lr = 0 the parameters stay where they started
+        for name, p in after["model"].items():
+            mean = torch.stack([state["model"][name].double() for state in before]).mean(0)
+            torch.testing.assert_close(p, mean.to(torch.float32), rtol=0, atol=1e-7)
+        assert after["parts"]["optimizer"]["state"][0]["step"] == 13
+
+
+def test_all_reduce_resumes_with_any_number_of_workers(launcher: Launcher, tmp_path: Path) -> None:
+    options = ("train.backend=pytorchddp", "train.n_steps=14", "log.checkpoint_interval=7")
+    whole = in_place(launcher, tmp_path / "whole", *options, n=2)
+    in_place(launcher, tmp_path / "parts", *options, n=2, first=KILL_AFTER.format(n=9))
+    resumed = in_place(launcher, tmp_path / "parts", *options, n=4)
+    assert resumed.codes == [0] * 4, resumed.errors
+    assert resumed.metrics[-1]["val_loss"] == pytest.approx(whole.metrics[-1]["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("then", "now"), [("pytorchddp", "decentdp"), ("decentdp", "pytorchddp")])
+def test_another_backend_takes_the_weights_only(launcher: Launcher, tmp_path: Path, then: str, now: str) -> None:
+    saved = in_place(launcher, tmp_path, f"train.backend={then}", n=2)
+    start = (f"checkpoint={saved.dir}", "train.lr_schedule.lr=0", "train.lr_schedule.eta_min=0")
+    run = launcher.run(f"train.backend={now}", *start, n=2)
+    assert run.codes == [0, 0], run.errors
+    assert any(f"is of backend {then} with 2 workers: took the mean of their parameters" in line for line in run.log)
+    assert run.metrics[0]["step"] == 5
+    states = final_states(saved)
+    n = len([state for state in states if "model" in state])
+    for name, p in final_states(run)[0]["model"].items():
+        mean = torch.stack([state["model"][name].double() for state in states[:n]]).mean(0)
+        torch.testing.assert_close(p, mean.to(torch.float32), rtol=0, atol=1e-7)
+
+
+def test_wandb_goes_on_with_the_same_run(launcher: Launcher, tmp_path: Path) -> None:
+    env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    first = in_place(launcher, tmp_path, "log.wandb_log=true", env=env)
+    (before,) = final_states(first)
+    again = in_place(launcher, tmp_path, "log.wandb_log=true", "train.n_steps=14", env=env)
+    assert again.codes == [0], again.errors
+    (after,) = final_states(again)
+    assert before["parts"]["report"]["wandb_id"] == after["parts"]["report"]["wandb_id"] is not None
+    names = [path.name for path in (again.dir / "wandb").glob("offline-run-*")]
+    assert len({name.rsplit("-", 1)[1] for name in names}) == 1
+
+
+# --- Damaged and hostile files ---
+
+
+def spoil(how: str, path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(content[:-100])
+    elif how == "flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif how == "missing":
+        path.unlink()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("file", ["worker-00001.pt", "index.json"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_found_and_the_one_before_used(
+    launcher: Launcher, tmp_path: Path, how: str, file: str
+) -> None:
+    if (how, file) == ("flipped", "index.json"):
+        pytest.skip("a flipped letter of a name is no damage that JSON could show")
+    whole = in_place(launcher, tmp_path, "log.checkpoint_interval=5", n=2)
+    before = timeless(whole)
+    spoil(how, whole.dir / "checkpoint" / "step-000000012" / file)
+    resumed = in_place(launcher, tmp_path, "log.checkpoint_interval=5", n=2)
+    assert resumed.codes == [0, 0], resumed.errors
+    (warning,) = [line for line in resumed.log if "WARN" in line]
+    assert f"step-000000012/{file}: " in warning
+    assert "this checkpoint is not used" in warning
+    assert any("step-000000010: step 10" in line for line in resumed.log)
+    assert timeless(resumed) == before
+
+
+@pytest.mark.fault
+def test_when_all_checkpoints_are_damaged_the_run_is_refused(launcher: Launcher, tmp_path: Path) -> None:
+    run = in_place(launcher, tmp_path)
+    for path in (run.dir / "checkpoint").glob("*/worker-00000.pt"):
+        spoil("truncated", path)
+    again = in_place(launcher, tmp_path)
+    assert again.codes == [2]
+    assert "none of 2 checkpoints is undamaged" in again.errors[0]
+
+
+@pytest.mark.fault
+def test_no_code_of_a_checkpoint_is_run(launcher: Launcher, tmp_path: Path) -> None:
+    run = in_place(launcher, tmp_path)
+    for path in (run.dir / "checkpoint").glob("*/worker-00000.pt"):
+        torch.save({"model": Evil(tmp_path / "was here")}, path)
+        index = path.with_name("index.json")
+        facts = json.loads(index.read_text())
+        content = path.read_bytes()
+        facts["workers"] = [{"bytes": len(content), "sha256": sha256(content)}]  # as an attacker would
+        index.write_text(json.dumps(facts))
+    again = in_place(launcher, tmp_path)
+    assert again.codes == [2]
+    assert not (tmp_path / "was here").exists()
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["checkpoint=/nowhere"], ['checkpoint = "/nowhere"', "there is no checkpoint"]),
+        (["log.keep_checkpoints=0"], ["log.keep_checkpoints"]),
+        (["log.checkpoint_interval=0"], ["log.checkpoint_interval"]),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_refused(launcher: Launcher, overrides: list[str], parts: list[str]) -> None:
+    run = launcher.run(*overrides, n=2)
+    assert run.codes == [2, 2]
+    assert all(part in run.errors[0] for part in parts), run.errors[0]
+
+
+def test_a_checkpoint_of_another_model_is_refused(launcher: Launcher, tmp_path: Path) -> None:
+    in_place(launcher, tmp_path)
+    run = in_place(launcher, tmp_path, "model.n_embd=32")
+    assert run.codes == [2]
+    assert "is of a model with n_embd = 16, this one has n_embd = 32" in run.errors[0]
+
+
+# --- Signals and kills ---
+
+
+def start(launcher: Launcher, place: Path, *overrides: str, n: int, restarts: int = 0) -> "subprocess.Popen[str]":
+    """Under torchrun, in the background."""
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", f"--max-restarts={restarts}"]
+    with open(place / "err", "a") as err:
+        return subprocess.Popen(
+            [sys.executable, *command, *launcher.arguments(None, (f"log_dir={place}/log", *overrides))],
+            cwd=place,
+            env=launcher.environment(place, None),
+            stdin=subprocess.DEVNULL,
+            stdout=err,
+            stderr=err,
+            text=True,
+        )
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def workers_of(place: Path) -> list[int]:
+    """Process ids of the workers of the run in `place`."""
+    found = subprocess.run(["pgrep", "-f", f"train.py .*log_dir={place}/log"], capture_output=True, text=True)
+    agents = subprocess.run(["pgrep", "-f", f"distributed.run.*log_dir={place}/log"], capture_output=True, text=True)
+    return sorted(set(map(int, found.stdout.split())) - set(map(int, agents.stdout.split())))
+
+
+def steps_saved(place: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (place / "log").glob("*/checkpoint/step-*"))
+
+
+@pytest.mark.fault
+@pytest.mark.dist
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_one_worker_stops_all_after_the_same_step(
+    launcher: Launcher, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(launcher, tmp_path, *LONG, n=2)
+    wait_for(lambda: steps_saved(tmp_path))
+    os.kill(workers_of(tmp_path)[-1], number)
+    assert process.wait(60) == 0, (tmp_path / "err").read_text()
+    log = (tmp_path / "log/run/train.log").read_text()
+    stopped = re.search(r"Asked to stop: ends after step (\d+); the same command goes on from there", log)
+    assert stopped, log
+    assert steps_saved(tmp_path)[-1] == int(stopped[1])
+    again = start(launcher, tmp_path, *LONG, f"train.n_steps={int(stopped[1]) + 3}", n=2)
+    assert again.wait(60) == 0, (tmp_path / "err").read_text()
+    assert f"step {stopped[1]}\n" in (tmp_path / "log/run/train.log").read_text()
+
+
+@pytest.mark.fault
+@pytest.mark.dist
+def test_torchrun_restarts_from_the_newest_checkpoint_in_the_same_directory(launcher: Launcher, tmp_path: Path) -> None:
+    overrides = [o for o in LONG if "run_name" not in o and "n_steps" not in o]
+    process = start(launcher, tmp_path, *overrides, "train.n_steps=400", n=2, restarts=1)
+    wait_for(lambda: len(steps_saved(tmp_path)) == 2)
+    os.kill(workers_of(tmp_path)[0], signal.SIGKILL)
+    assert process.wait(60) == 0, (tmp_path / "err").read_text()
+    (run_dir,) = (tmp_path / "log").iterdir()
+    log = (run_dir / "train.log").read_text()
+    assert "Restart number 1 of this run" in log
+    assert "Resumed from" in log
+
+
+@pytest.mark.fault
+@pytest.mark.dist
+@pytest.mark.parametrize("backend", ["decentdp", "pytorchddp"])
+def test_a_hanging_worker_is_named(launcher: Launcher, backend: str) -> None:
+    asleep = (
+        KILL_AFTER.removeprefix("\nif True:").format(n=6).replace("os._exit(137)", "time.sleep(12)") + QUICK_ROLL_CALL
+    )
+    hang = f"import datetime, time\nif os.environ['RANK'] == '1':{asleep}\nelse:{QUICK_ROLL_CALL}"
+    run = launcher.run(f"train.backend={backend}", "train.timeout_s=4", n=4, first=hang, timeout_s=50)
+    assert run.codes[0] == 1, run.errors[0]
+    assert re.search(r"[Rr]anks? 1\b", run.errors[0].strip().splitlines()[-1]), run.errors[0]
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+def test_killed_at_20_random_instants_the_run_ends_with_the_same_bits(launcher: Launcher, tmp_path: Path) -> None:
+    """kill -9 of all workers wherever they are: in a step, a save, an evaluation, a start."""
+    overrides = ("train.n_steps=900", "log.eval_interval=40", "log.checkpoint_interval=15", "log.run_name=run")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    assert start(launcher, whole, *overrides, n=2).wait(120) == 0
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for _ in range(20):
+        before = steps_saved(parts)[-1:]
+        process = start(launcher, parts, *overrides, n=2)
+        wait_for(lambda before=before, process=process: steps_saved(parts)[-1:] > before or process.poll() is not None)
+        time.sleep(rng.uniform(0, 0.3))
+        for pid in workers_of(parts):
+            os.kill(pid, signal.SIGKILL)
+        process.wait(60)
+    assert start(launcher, parts, *overrides, n=2).wait(120) == 0
+    a, b = (Run([], [], place / "log") for place in (parts, whole))
+    assert timeless(a) == timeless(b)
+    for x, y in zip(final_states(a), final_states(b), strict=True):
+        assert_equal(x, y)
+
+
+@pytest.mark.fault
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run(launcher: Launcher, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    whole = in_place(launcher, tmp_path / "whole", "log.checkpoint_interval=4")
+    one = sum(path.stat().st_size for path in (whole.dir / "checkpoint" / "step-000000012").iterdir())
+    best = (whole.dir / "best_model.pth").stat().st_size
+    size = int(1.6 * one + 3 * best)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=True)
+    try:
+        run = in_place(launcher, disk, "log.checkpoint_interval=4")
+        assert run.codes == [0], run.errors
+        assert any("checkpoint of step 8 not saved, training goes on: rank 0: " in line for line in run.log)
+        assert [path.name for path in (run.dir / "checkpoint").iterdir()] == ["step-000000004"]
+        assert timeless(run) == timeless(whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    shutil.rmtree(disk)
+
+
+@pytest.mark.fault
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(launcher: Launcher, tmp_path: Path) -> None:
+    explode = ("train.lr_schedule.lr=1e30", "train.lr_schedule.warmup_steps=10", "train.lr_schedule.eta_min=0")
+    run = in_place(
+        launcher, tmp_path, *explode, "log.checkpoint_interval=1", "train.grad_norm_clip=0", "train.n_steps=30"
+    )
+    assert run.codes == [1]
+    assert "training stops" in run.errors[0]
+    for state in final_states(run):
+        assert all(torch.isfinite(p).all() for p in state["model"].values())
