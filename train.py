@@ -185,7 +185,7 @@ def local_batches(
     size = cfg.train.global_batch_size // world.world_size
     rows = slice(world.rank * size, (world.rank + 1) * size)
     return prefetch(
-        lambda step: dataset.batch(split, step, rows, cfg.train.global_batch_size, evaluation=evaluation),
+        lambda step: dataset.windows(split, step, rows, cfg.train.global_batch_size, evaluation=evaluation),
         first,
         last,
         device=world.device,
