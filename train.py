@@ -111,7 +111,7 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> No
     first_step = 0
     loss = torch.zeros((), device=world.device)
     with closing(local_batches(world, cfg, dataset, "train", first_step, cfg.train.n_steps)) as batches, report:
-        for step, (x, y) in enumerate(batches, first_step):
+        for step, (x, y) in enumerate(report.timed(batches), first_step):
             lr = lr_at(step, cfg.train.lr_schedule, cfg.train.n_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr

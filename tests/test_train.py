@@ -34,7 +34,7 @@ EVALUATION = re.compile(
     STAMP + r"Step (\d+), Val loss: (\d+\.\d{6}), Train loss: (\d+\.\d{6}), "
     r"Train time: (\d+\.\d{3}) s \((\d+\.\d{3}) ms/step\), Total train time: (\d+\.\d{3}) s"
 )
-TIMES = {"train_time_s", "ms_per_step", "total_train_time_s", "tokens_per_s"}
+TIMES = {"train_time_s", "ms_per_step", "data_wait_ms", "total_train_time_s", "tokens_per_s"}
 
 CONFIG = f"""
 log_dir = "./log"
@@ -294,6 +294,7 @@ def test_metrics_agree_among_themselves(finished: Run) -> None:
         total_s += m["train_time_s"]
         assert m["total_train_time_s"] == pytest.approx(total_s)
         assert m["ms_per_step"] == pytest.approx(m["train_time_s"] / (m["step"] - step) * 1e3)
+        assert 0 < m["data_wait_ms"] < m["ms_per_step"]
         assert m["tokens_per_s"] == pytest.approx(BATCH_SIZE * CONTEXT_LENGTH / m["ms_per_step"] * 1e3)
         assert m["lr"] == lr_at(m["step"] - 1, cfg.train.lr_schedule, cfg.train.n_steps)
         assert m["consensus_distance"] == 0.0  # one worker
