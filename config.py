@@ -34,6 +34,7 @@ class LogConfig(Section):
     wandb_project: str = "gpt2-owt"
     eval_interval: Count = 1000  # steps between two evaluations
     eval_steps: Count = 200  # global batches per evaluation and split
+    eval_full: bool = False  # the validation loss is that of the whole split, whatever eval_steps, batch and workers
     checkpoint_interval: Count | None = None  # steps between two checkpoints; None: eval_interval
     keep_checkpoints: Count = 2  # the newest so many stay
     run_name: Name | None = None  # folder in log_dir; None: SLURM_JOB_ID, else the time

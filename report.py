@@ -5,10 +5,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import wandb
@@ -21,6 +21,7 @@ from decent import World
 from model import GPT
 
 LOG_FORMAT = "[{time:HH:mm:ss} {level: >5}] {message}"
+T = TypeVar("T")
 CHECK_INTERVAL = 10  # steps between two looks at the loss: reading it makes the host wait for the GPU
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}  # dense bfloat16, from NVIDIA's data sheets (SXM)
 
@@ -50,13 +51,14 @@ class Report:
         self.world, self.cfg, self.run_dir, self.gpt = world, cfg, run_dir, gpt
         self.best_val_loss = math.inf
         self.train_time_s = 0.0  # up to the last pause
+        self.data_wait_s = 0.0  # since the last evaluation, for batches
         self.evaluated_step, self.evaluated_time_s = 0, 0.0  # of the last evaluation
         self.wandb_id: str | None = None
         self.wandb = None
         introduce(world, cfg, gpt)
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("best_val_loss", "train_time_s", "evaluated_step", "evaluated_time_s", "wandb_id")
+        names = ("best_val_loss", "train_time_s", "evaluated_step", "evaluated_time_s", "data_wait_s", "wandb_id")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -97,6 +99,14 @@ class Report:
         self.world.synchronize()
         self.resumed_at_s = time.perf_counter()
 
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """The batches of training; what waiting for them takes is reported."""
+        start_s = time.perf_counter()
+        for batch in batches:
+            self.data_wait_s += time.perf_counter() - start_s
+            yield batch
+            start_s = time.perf_counter()
+
     def progress(self, step: int, loss: Tensor) -> None:
         """After each step, with this worker's own loss, a scalar on its device.
 
@@ -119,6 +129,7 @@ class Report:
             self.require_finite(loss, step)
         interval_s = self.train_time_s - self.evaluated_time_s
         s_per_step = interval_s / (step - self.evaluated_step)
+        data_wait_s, self.data_wait_s = self.data_wait_s / (step - self.evaluated_step), 0.0
         self.evaluated_step, self.evaluated_time_s = step, self.train_time_s
         if self.world.rank != 0:
             return
@@ -133,6 +144,7 @@ class Report:
             **{f"{split}_loss": loss for split, loss in losses.items()},
             "train_time_s": interval_s,
             "ms_per_step": s_per_step * 1e3,
+            "data_wait_ms": data_wait_s * 1e3,
             "total_train_time_s": self.train_time_s,
             "tokens_per_s": tokens_per_s,
             **more,

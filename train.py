@@ -27,6 +27,7 @@ from model import GPT
 from optim import build_optimizer, lr_at
 from report import NonFiniteLoss, Report, log_in_to_wandb, log_to_file, log_to_terminal
 
+IGNORED = -100  # a target that PyTorch's cross entropy leaves out of its mean
 # glibc's malloc.h: number of the option, value
 MALLOC_OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28)}
 
@@ -115,7 +116,7 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> No
         report.running(first_step),
         stop.naming_the_missing(),
     ):
-        for step, (x, y) in enumerate(batches, first_step):
+        for step, (x, y) in enumerate(report.timed(batches), first_step):
             lr = lr_at(step, cfg.train.lr_schedule, cfg.train.n_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -221,7 +222,7 @@ def local_batches(
     size = cfg.train.global_batch_size // world.world_size
     rows = slice(world.rank * size, (world.rank + 1) * size)
     return prefetch(
-        lambda step: dataset.batch(split, step, rows, cfg.train.global_batch_size, evaluation=evaluation),
+        lambda step: dataset.windows(split, step, rows, cfg.train.global_batch_size, evaluation=evaluation),
         first,
         last,
         device=world.device,
@@ -230,19 +231,50 @@ def local_batches(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, world: World, cfg: Config, dataset: TokenDataset) -> dict[str, float]:
-    """Mean loss of each split over eval_steps global batches: the same batches in every evaluation."""
-    n_micro_batches = cfg.train.micro_batches(world.world_size)
-    splits: tuple[Split, Split] = ("val", "train")
-    losses = torch.zeros(len(splits), device=world.device)
+    """Mean loss of each split: of val over all of it if eval_full is set, otherwise over the same eval_steps global
+    batches in every evaluation."""
     model.eval()
-    for i, split in enumerate(splits):
-        with closing(local_batches(world, cfg, dataset, split, 0, cfg.log.eval_steps, evaluation=True)) as batches:
-            for x, y in batches:
-                for xs, ys in zip(x.chunk(n_micro_batches), y.chunk(n_micro_batches), strict=True):
-                    losses[i] += model(xs, ys)[1]
+    val = (
+        whole_loss(model, world, cfg, dataset) if cfg.log.eval_full else sampled_loss(model, world, cfg, dataset, "val")
+    )
+    train = sampled_loss(model, world, cfg, dataset, "train")
     model.train()
-    mean = world.mean(losses / (cfg.log.eval_steps * n_micro_batches))
-    return dict(zip(splits, mean.tolist(), strict=True))
+    return dict(zip(("val", "train"), world.mean(torch.stack([val, train])).tolist(), strict=True))
+
+
+def sampled_loss(model: nn.Module, world: World, cfg: Config, dataset: TokenDataset, split: Split) -> Tensor:
+    """This worker's mean loss over its rows of eval_steps global batches, a float64 scalar."""
+    n_micro_batches = cfg.train.micro_batches(world.world_size)
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    with closing(local_batches(world, cfg, dataset, split, 0, cfg.log.eval_steps, evaluation=True)) as batches:
+        for x, y in batches:
+            for xs, ys in zip(x.chunk(n_micro_batches), y.chunk(n_micro_batches), strict=True):
+                loss += model(xs, ys)[1]
+    return loss / (cfg.log.eval_steps * n_micro_batches)
+
+
+def whole_loss(model: nn.Module, world: World, cfg: Config, dataset: TokenDataset) -> Tensor:
+    """This worker's part of the loss over all of val, a float64 scalar: the mean over the workers is that over targets.
+
+    The workers take turns, a micro-batch each, through the windows in order. Some may have a turn less than others:
+    nothing in here waits for another worker.
+    """
+    rows = cfg.train.global_batch_size // world.world_size // cfg.train.micro_batches(world.world_size)
+    n_targets = dataset.n_targets("val")
+    targets_each = rows * cfg.train.context_length
+    firsts = range(world.rank * targets_each, n_targets, world.world_size * targets_each)  # target of each turn
+    order = torch.arange(targets_each, device=world.device).view(rows, -1)  # (rows, T): as targets follow each other
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+
+    def windows_of(turn: int) -> Tensor:
+        return dataset.windows_in_order("val", firsts[turn] // cfg.train.context_length, rows)
+
+    with closing(prefetch(windows_of, 0, len(firsts), device=world.device)) as batches:
+        for first, (x, y) in zip(firsts, batches, strict=True):
+            n = min(targets_each, n_targets - first)
+            # Not fewer rows: with a shape of its own the last micro-batch would be compiled anew.
+            loss += model(x, y.masked_fill(order >= n, IGNORED))[1].double() * n
+    return loss * world.world_size / n_targets
 
 
 if __name__ == "__main__":

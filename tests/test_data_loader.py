@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import TokenDataset, prefetch
-from data.loader import MemoryFile, Split, _draw
+from data.loader import Split, TokenError, _draw, widen
+from data.node_memory import MemoryFile
 from data.token_file import write_tokens
 
 N_TOKENS = {"train": 5000, "val": 700}
@@ -85,6 +86,38 @@ def test_targets_are_the_inputs_one_token_later(
     assert torch.equal(y, x + 1)
 
 
+def test_a_batch_is_its_windows_widened(data_dir: Path) -> None:
+    dataset = TokenDataset(data_dir, 8, 42)
+    windows = dataset.windows("train", 3, slice(1, 4), 5)
+    assert windows.shape == (3, 9)
+    assert windows.dtype == torch.uint16
+    for widened, expected in zip(widen(windows), dataset.batch("train", 3, slice(1, 4), 5), strict=True):
+        assert torch.equal(widened, expected)
+
+
+def test_widening_keeps_all_ids_of_16_bits() -> None:
+    ids = torch.arange(2**16)
+    x, y = widen(ids.to(torch.uint16).view(2, -1))
+    assert torch.equal(x, ids.view(2, -1)[:, :-1])
+    assert torch.equal(y, ids.view(2, -1)[:, 1:])
+
+
+@settings(deadline=None)
+@given(splits, st.integers(1, 699), st.integers(1, 9))
+def test_in_order_every_token_but_the_first_is_a_target_once(
+    data_dir: Path, split: Split, context_length: int, n: int
+) -> None:
+    dataset = TokenDataset(data_dir, context_length, 42)
+    n_targets = dataset.n_targets(split)
+    assert n_targets == N_TOKENS[split] - 1
+    n_windows = -(-n_targets // context_length)
+    parts = [widen(dataset.windows_in_order(split, first, n)) for first in range(0, n_windows, n)]
+    x, y = (torch.cat(column).flatten() for column in zip(*parts, strict=True))
+    assert torch.equal(x[:n_targets], torch.arange(n_targets))
+    assert torch.equal(y[:n_targets], torch.arange(n_targets) + 1)
+    assert not y[n_targets:].any()
+
+
 def test_streams_steps_and_seeds_differ(data_dir: Path) -> None:
     drawn = []
     for seed, step in itertools.product([0, 1, 2, 2**62], [0, 1, 2, 2**32]):
@@ -123,7 +156,7 @@ def test_a_file_of_one_window_is_enough(tmp_path: Path) -> None:
 
 def test_draws_stay_the_same_in_all_versions() -> None:
     # else a resumed run would continue with other batches; the numbers are what the first version drew
-    assert _draw(42, 0, 1000, 4, n=9_035_581_465).tolist() == [8645637869, 8181742209, 1576001976, 4513495193]
+    assert _draw(42, 0, 1000, 4, slice(4), n=9_035_581_465).tolist() == [8645637869, 8181742209, 1576001976, 4513495193]
 
 
 def test_a_token_id_beyond_the_vocabulary_is_found_when_opening(data_dir: Path) -> None:
@@ -140,6 +173,41 @@ def test_a_token_id_beyond_the_scan_is_found_in_its_batch(data_dir: Path, monkey
     dataset = TokenDataset(data_dir, 8, 42, vocab_size=100)
     with pytest.raises(ValueError, match=r"val.bin: holds token id \d+, but model.vocab_size = 100 "):
         dataset.batch("val", 0, slice(0, 16), 16)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_tokens(tmp_path / f"{split}.bin", [np.zeros(50_000, np.uint16)])
+    dataset = TokenDataset(tmp_path, 8, 42)
+    os.truncate(tmp_path / "train.bin", 2000)
+    message = r"train.bin: held 50000 tokens when training started, and holds 1000 now"
+    with pytest.raises(TokenError, match=message):
+        dataset.batch("train", 0, slice(0, 16), 16)
+    with pytest.raises(TokenError, match=message):
+        dataset.windows_in_order("train", 0, 4)
+    dataset.batch("val", 0, slice(0, 16), 16)
+
+
+@linux
+def test_resident_memory_and_descriptors_do_not_grow_over_10_000_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_mb, file_mb = 16, 200
+    monkeypatch.setattr("data.loader._MAPPED_BYTES", limit_mb * 2**20)
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").touch()
+        os.truncate(tmp_path / f"{split}.bin", file_mb * 2**20)
+    dataset = TokenDataset(tmp_path, 1024, 42)
+    dataset.batch("train", 0, slice(0, 30), 30)
+    before_mb, n_open = _resident_mb(), len(os.listdir("/proc/self/fd"))
+    largest_mb = dict(before_mb)
+    for step in range(10_000):
+        dataset.batch("train", step, slice(0, 30), 30)
+        if step % 50 == 0:
+            largest_mb = {kind: max(mb, largest_mb[kind]) for kind, mb in _resident_mb().items()}
+    assert largest_mb["RssAnon"] - before_mb["RssAnon"] < 8  # buffers that malloc keeps
+    assert largest_mb["RssFile"] - before_mb["RssFile"] < 2 * limit_mb  # the kernel maps around a page
+    assert len(os.listdir("/proc/self/fd")) == n_open
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -216,7 +284,7 @@ def test_dropped_datasets_leave_no_descriptor_open(data_dir: Path) -> None:
 def test_prefetch_yields_the_batches_of_all_steps_in_order(data_dir: Path, first_step: int, n_steps: int) -> None:
     dataset = TokenDataset(data_dir, 8, 42)
     batches = list(
-        prefetch(lambda step: dataset.batch("train", step, slice(2, 4), 6), first_step, n_steps, device="cpu")
+        prefetch(lambda step: dataset.windows("train", step, slice(2, 4), 6), first_step, n_steps, device="cpu")
     )
     assert len(batches) == max(0, n_steps - first_step)
     for step, (x, y) in enumerate(batches, first_step):
@@ -237,12 +305,12 @@ def test_prefetch_makes_two_batches_ahead_and_no_more() -> None:
 
 
 def test_prefetch_raises_an_error_at_its_step() -> None:
-    def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def windows_of(step: int) -> torch.Tensor:
         if step == 3:
             raise ValueError("train.bin is torn")
-        return torch.tensor(step), torch.tensor(step)
+        return _numbered([], step)
 
-    batches = prefetch(batch_of, 0, 10, device="cpu")
+    batches = prefetch(windows_of, 0, 10, device="cpu")
     assert [int(next(batches)[0]) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match=r"train\.bin is torn"):
         next(batches)
@@ -266,7 +334,7 @@ def test_leaving_prefetch_early_ends_its_thread() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_prefetch_delivers_on_the_gpu(data_dir: Path) -> None:
     dataset = TokenDataset(data_dir, 8, 42)
-    batches = prefetch(lambda step: dataset.batch("train", step, slice(0, 4), 4), 0, 50, device="cuda:0")
+    batches = prefetch(lambda step: dataset.windows("train", step, slice(0, 4), 4), 0, 50, device="cuda:0")
     for step, (x, y) in enumerate(batches):
         assert x.device == y.device == torch.device("cuda:0")
         assert torch.equal(x.cpu(), dataset.batch("train", step, slice(0, 4), 4)[0])
@@ -291,9 +359,16 @@ def _memory_inodes(pid: int) -> set[int]:
     return {int(inode) for inode in re.findall(r"(\d+) +/memfd:\w+\.bin", maps)}
 
 
-def _numbered(made: list[int], step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _resident_mb() -> dict[str, float]:
+    """Of this process, by kind: RssAnon, RssFile (mapped files), RssShmem."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith("Rss")}
+
+
+def _numbered(made: list[int], step: int) -> torch.Tensor:
+    """One window of two tokens, the first of which is the step."""
     made.append(step)
-    return torch.tensor(step), torch.tensor(step)
+    return torch.tensor([[step, 0]], dtype=torch.uint16)
 
 
 def _prefetch_threads() -> list[threading.Thread]:

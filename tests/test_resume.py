@@ -37,7 +37,7 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
         assert torch.equal(a, b), where
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), where
-        for key in a.keys() - {"train_time_s", "evaluated_time_s"}:
+        for key in a.keys() - {"train_time_s", "evaluated_time_s", "data_wait_s"}:
             assert_equal(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), where
@@ -48,7 +48,7 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
 
 
 def timeless(run: Run) -> list[dict[str, Any]]:
-    times = {"train_time_s", "ms_per_step", "total_train_time_s", "tokens_per_s"}
+    times = {"train_time_s", "ms_per_step", "data_wait_ms", "total_train_time_s", "tokens_per_s"}
     return [{key: value for key, value in metrics.items() if key not in times} for metrics in run.metrics]
 
 

@@ -34,7 +34,7 @@ EVALUATION = re.compile(
     STAMP + r"Step (\d+), Val loss: (\d+\.\d{6}), Train loss: (\d+\.\d{6}), "
     r"Train time: (\d+\.\d{3}) s \((\d+\.\d{3}) ms/step\), Total train time: (\d+\.\d{3}) s"
 )
-TIMES = {"train_time_s", "ms_per_step", "total_train_time_s", "tokens_per_s"}
+TIMES = {"train_time_s", "ms_per_step", "data_wait_ms", "total_train_time_s", "tokens_per_s"}
 
 CONFIG = f"""
 log_dir = "./log"
@@ -294,6 +294,7 @@ def test_metrics_agree_among_themselves(finished: Run) -> None:
         total_s += m["train_time_s"]
         assert m["total_train_time_s"] == pytest.approx(total_s)
         assert m["ms_per_step"] == pytest.approx(m["train_time_s"] / (m["step"] - step) * 1e3)
+        assert 0 < m["data_wait_ms"] < m["ms_per_step"]
         assert m["tokens_per_s"] == pytest.approx(BATCH_SIZE * CONTEXT_LENGTH / m["ms_per_step"] * 1e3)
         assert m["lr"] == lr_at(m["step"] - 1, cfg.train.lr_schedule, cfg.train.n_steps)
         assert m["consensus_distance"] == 0.0  # one worker
@@ -385,6 +386,62 @@ def test_the_batch_is_the_same_however_it_is_split_with_all_reduce(launcher: Lau
     np.testing.assert_allclose(launcher.run(ddp, "train.micro_batch_size=1").losses, whole, rtol=1e-5)
     np.testing.assert_allclose(launcher.run(ddp, n=2).losses, whole, rtol=1e-4)
     np.testing.assert_allclose(launcher.run(ddp, "train.micro_batch_size=2", n=2).losses, whole, rtol=1e-4)
+
+
+EVAL_FULL = ("log.eval_full=true", "train.n_steps=1", "train.lr_schedule.warmup_steps=0")
+UNTRAINED = ("train.lr_schedule.lr=0", "train.lr_schedule.eta_min=0")  # the same model for any batch
+
+
+@pytest.fixture(scope="module")
+def eval_full(launcher: Launcher) -> Run:
+    return launcher.run(*EVAL_FULL, *UNTRAINED)
+
+
+def test_eval_full_is_the_mean_over_every_target_of_val(launcher: Launcher) -> None:
+    run = launcher.run("log.eval_full=true")
+    assert run.codes == [0], run.errors
+    saved = torch.load(run.dir / "best_model.pth", weights_only=True)
+    gpt = GPT(ModelConfig(**saved["model_config"]), saved["context_length"]).eval()
+    gpt.load_state_dict(saved["model"])
+    tokens = torch.from_numpy(np.fromfile(launcher.corpus / "val.bin", "<u2").astype(np.int64))
+    assert (len(tokens) - 1) % CONTEXT_LENGTH > 0  # the last window is a partial one
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, CONTEXT_LENGTH):
+            y = tokens[start + 1 : start + CONTEXT_LENGTH + 1]
+            total += gpt(tokens[None, start : start + len(y)], y[None])[1].item() * len(y)
+    assert saved["val_loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-6)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("backend", "n", "batch", "micro_batch"),
+    [
+        ("decentdp", 1, 3, 1),
+        ("decentdp", 2, 8, 1),
+        ("pytorchddp", 4, 12, 3),
+        pytest.param("pytorchddp", 4, 400, 100, id="one has it all"),
+    ],
+)
+def test_eval_full_is_the_same_for_any_number_of_workers_and_any_batch(
+    launcher: Launcher, eval_full: Run, backend: str, n: int, batch: int, micro_batch: int
+) -> None:
+    sizes = (f"train.global_batch_size={batch}", f"train.micro_batch_size={micro_batch}", f"train.backend={backend}")
+    run = launcher.run(*EVAL_FULL, *UNTRAINED, *sizes, n=n)
+    assert run.codes == [0] * n, run.errors
+    assert run.losses[-1][0] == pytest.approx(eval_full.losses[-1][0], rel=1e-6)
+
+
+def test_eval_full_leaves_training_and_its_loss_as_they_are(launcher: Launcher) -> None:
+    sampled, full = launcher.run(), launcher.run("log.eval_full=true")
+    assert [m["train_loss"] for m in full.metrics] == [m["train_loss"] for m in sampled.metrics]
+    assert [m["val_loss"] for m in full.metrics] != [m["val_loss"] for m in sampled.metrics]
+
+
+def test_sampled_validation_draws_the_same_windows_in_each_evaluation(launcher: Launcher) -> None:
+    run = launcher.run(*UNTRAINED, "train.lr_schedule.warmup_steps=0")
+    assert len(set(run.losses)) == 1
+    assert len(run.losses) == 3
 
 
 @pytest.mark.dist
@@ -555,6 +612,46 @@ def test_a_mistake_on_one_worker_alone_ends_all_and_names_the_rank(
 ) -> None:
     run = launcher.run(f"in_memory={in_memory}", n=2, last_rank=(override,), timeout_s=30)
     assert_refused(run, "rank 1 on ", part)
+
+
+NO_MEMORY = "import data.node_memory; data.node_memory.available_bytes = lambda root: 1000"
+FULL_MEMORY = "os.memfd_create = lambda name: os.open('/dev/full', os.O_RDWR)"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("n", "first", "part"),
+    [
+        pytest.param(2, NO_MEMORY, "takes 0.00 GB, but 0.00 GB are available", id="seen before"),
+        pytest.param(1, FULL_MEMORY, "No space left on device", id="seen while loading"),
+        pytest.param(2, FULL_MEMORY, "No space left on device", id="seen while loading for two"),
+    ],
+)
+def test_memory_too_small_for_the_corpus_is_refused(launcher: Launcher, n: int, first: str, part: str) -> None:
+    run = launcher.run("in_memory=true", n=n, first=first, timeout_s=30)
+    assert_refused(run, "in_memory = true: the corpus in ", part, "set in_memory = false")
+
+
+@pytest.mark.dist
+@pytest.mark.fault
+def test_a_token_file_that_is_cut_while_training_ends_the_run_with_a_line_and_exit_code_2(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    for split in ("train", "val"):
+        np.zeros(100_000, "<u2").tofile(tmp_path / f"{split}.bin")
+    at_step_3 = f"""
+import report
+def progress(self, step, loss):
+    if step == 3:
+        os.truncate({str(tmp_path / "train.bin")!r}, 2000)
+report.Report.progress = progress
+"""
+    run = launcher.run(f"data_dir={tmp_path}", n=2, first=at_step_3, timeout_s=30)
+    assert run.codes == [2, 2], run.errors
+    lines = [line for errors in run.errors for line in errors.splitlines() if "train.bin" in line]
+    assert len(lines) == 2
+    assert all("held 100000 tokens when training started, and holds 1000 now" in line for line in lines)
+    assert "Traceback" not in "".join(run.errors)
 
 
 @pytest.mark.dist
