@@ -12,4 +12,6 @@
 #SBATCH --time=2-00:00:00
 #SBATCH --output=log/%j.out
 #SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 exec bash "${SLURM_SUBMIT_DIR:-.}/scripts/16xA100.sh" "$@"

@@ -1,7 +1,9 @@
 """scripts/16xA100.sh and d-16xA100.sh, run by bash where srun and scontrol only write down how they were called."""
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,15 @@ FAKE_SRUN = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >"$RECORD/srun"
 printf '%s' "$PWD" >"$RECORD/folder"
 printf '%s' "$OMP_NUM_THREADS" >"$RECORD/threads"
+stop() { echo "$1" >>"$RECORD/signals"; exit "${SRUN_EXIT_CODE:-0}"; }
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
+touch "$RECORD/running"
+for ((i = 0; i < 200; i++)); do [ -n "${UNTIL_STOPPED:-}" ] && sleep 0.05; done
 exit "${SRUN_EXIT_CODE:-0}"
 """
 FAKE_SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = requeue ]; then echo "$*" >>"$RECORD/requeued"; exit; fi
 [ "$*" = "show hostnames node[3-6]" ] || exit 1
 printf 'node%s\\n' 3 4 5 6
 """
@@ -25,8 +33,8 @@ printf 'node%s\\n' 3 4 5 6
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
 
-def sbatch(tmp_path: Path, name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script as SLURM does: as a copy in a spool folder, with the variables of a job of 4 nodes x 4 GPUs."""
+def start(tmp_path: Path, name: str, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
+    """Starts a script as SLURM does: as a copy in a spool folder, with the variables of a job of 4 nodes x 4 GPUs."""
     programs, spool = tmp_path / "bin", tmp_path / "spool"
     for folder in (programs, spool):
         folder.mkdir(exist_ok=True)
@@ -45,15 +53,44 @@ def sbatch(tmp_path: Path, name: str, *arguments: str, **variables: str) -> subp
         "SLURM_SUBMIT_DIR": str(SCRIPTS.parent),
     }
     env = {"PATH": f"{programs}:{os.environ['PATH']}", "RECORD": str(tmp_path), **job, **variables}
-    return subprocess.run(
+    return subprocess.Popen(
         ["bash", str(copy), *arguments],
         env=env,
         cwd=spool,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=20,
-        check=False,
     )
+
+
+def end(script: "subprocess.Popen[str]") -> subprocess.CompletedProcess[str]:
+    stdout, stderr = script.communicate(timeout=20)
+    return subprocess.CompletedProcess(script.args, script.returncode, stdout, stderr)
+
+
+def sbatch(tmp_path: Path, name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return end(start(tmp_path, name, *arguments, **variables))
+
+
+def signalled(tmp_path: Path, name: str, number: signal.Signals, **variables: str) -> tuple[int, list[str], list[str]]:
+    """Signals a script while srun runs: its exit code, the signals that reached srun, and the calls of requeue."""
+    script = start(tmp_path, name, TORCHRUN, "config/a.toml", UNTIL_STOPPED="1", **variables)
+    while not ((tmp_path / "running").exists() and catches(script.pid, signal.SIGUSR1, signal.SIGTERM)):
+        assert script.poll() is None
+        time.sleep(0.05)
+    script.send_signal(number)
+    return end(script).returncode, lines_of(tmp_path / "signals"), lines_of(tmp_path / "requeued")
+
+
+def catches(pid: int, *numbers: signal.Signals) -> bool:
+    """Whether the process has handlers for these signals (Linux)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (mask,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:"))
+    return all(mask >> (number - 1) & 1 for number in numbers)
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def recorded(tmp_path: Path) -> tuple[list[str], list[str], list[str]]:
@@ -75,7 +112,7 @@ def directives(name: str) -> dict[str, str]:
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     options = [line.removeprefix("#SBATCH --") for line in lines[:first_command] if line.startswith("#SBATCH ")]
     assert sum(line.startswith("#SBATCH") for line in lines) == len(options)
-    return dict(option.split("=", 1) for option in options)
+    return {key: value for key, _, value in (option.partition("=") for option in options)}
 
 
 def test_is_valid_bash(name: str) -> None:
@@ -90,6 +127,8 @@ def test_asks_for_four_nodes_of_four_gpus_and_differs_from_its_twin_in_the_name_
     assert int(options["cpus-per-task"]) >= 4  # without it SLURM gives one core to the workers of a node
     assert options["output"] == "log/%j.out"  # log/%j/... is not there yet when SLURM opens it
     assert options["open-mode"] == "append"  # or a requeued job empties its log
+    assert "requeue" in options  # also by SLURM itself, when a node goes down
+    assert options["signal"] == "B:USR1@300"  # to the script alone: it tells the workers
 
 
 def test_starts_torchrun_once_per_node(tmp_path: Path, name: str) -> None:
@@ -138,6 +177,32 @@ def test_starts_a_worker_per_gpu_that_was_asked_for(tmp_path: Path, name: str, a
 def test_ends_with_the_exit_code_of_srun(tmp_path: Path, name: str, exit_code: int) -> None:
     run = sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SRUN_EXIT_CODE=str(exit_code))
     assert run.returncode == exit_code
+
+
+def test_near_the_time_limit_the_workers_are_told_to_stop_and_the_job_requeued_once(tmp_path: Path, name: str) -> None:
+    assert signalled(tmp_path, name, signal.SIGUSR1) == (0, ["USR1"], ["requeue 3197816"])
+
+
+def test_a_cancelled_job_tells_the_workers_to_stop_and_is_not_requeued(tmp_path: Path, name: str) -> None:
+    assert signalled(tmp_path, name, signal.SIGTERM) == (0, ["USR1"], [])
+
+
+@pytest.mark.parametrize("exit_code", [2, 143])  # 143 also says that a trapped SIGTERM has ended bash's wait
+def test_a_run_that_fails_in_stopping_is_not_requeued(tmp_path: Path, name: str, exit_code: int) -> None:
+    assert signalled(tmp_path, name, signal.SIGUSR1, SRUN_EXIT_CODE=str(exit_code)) == (exit_code, ["USR1"], [])
+
+
+@pytest.mark.parametrize("exit_code", [0, 1])
+def test_a_run_that_ends_by_itself_is_not_requeued(tmp_path: Path, name: str, exit_code: int) -> None:
+    sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SRUN_EXIT_CODE=str(exit_code))
+    assert lines_of(tmp_path / "requeued") == []
+
+
+def test_torchrun_does_not_die_of_the_signal_to_stop(tmp_path: Path, name: str) -> None:
+    sbatch(tmp_path, name, TORCHRUN, "config/a.toml")
+    words = recorded(tmp_path)[0]
+    on_a_node = [*words[words.index("bash") :], "bash", "-c", "kill -USR1 $$; echo alive"]
+    assert subprocess.run(on_a_node, capture_output=True, text=True, timeout=20, check=False).stdout == "alive\n"
 
 
 def test_starts_nothing_when_the_hosts_are_unknown(tmp_path: Path, name: str) -> None:

@@ -1,0 +1,272 @@
+"""A real SLURM cluster on this machine, for test_slurm.sh: slurmctld, and nodes that are hosts of their own.
+
+    host: slurmctld, munged, sbatch           namespaces slurmlab-node1, ...
+          bridge slurmlab0 10.77.0.1  ======  eth0 10.77.0.11, slurmd, its jobs
+
+A node has its own network, name, process table, /etc/hosts and /dev/shm; the file system is shared. GPUs, cores and
+memory are only declared: SLURM counts them, nothing enforces them. All daemons are children of this process and die
+with it, also when it is killed. Needs root and Debian's slurm-wlm, munge and iproute2.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+STATE = Path("/var/lib/slurmlab")  # not below /run or /tmp, which may forbid programs: slurmd runs batch scripts there
+BRIDGE, NAMESPACE, CABLE = "slurmlab0", "slurmlab-{}", "slurmlab-v{}"
+CONTROLLER, ADDRESS = "slurmlab-ctl", "10.77.0.{}"
+PORTS = {"SlurmctldPort": 16817, "SlurmdPort": 16818}  # not the usual ones, which may be in use here
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "ip", "unshare", "nsenter")
+PATH = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
+PR_SET_PDEATHSIG = 1  # Linux: prctl.h
+
+SLURM_CONF = """\
+ClusterName=slurmlab
+SlurmctldHost={controller}({address})
+CommunicationParameters=NoCtldInAddrAny
+SlurmUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={state}/munge/socket
+StateSaveLocation={state}/controller
+SlurmdSpoolDir={state}/spool/%n
+SlurmctldPidFile={state}/slurmctld.pid
+SlurmdPidFile={state}/slurmd.%n.pid
+SlurmctldLogFile={state}/log/slurmctld.log
+SlurmdLogFile={state}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=5,bf_interval=5
+GresTypes=gpu
+SlurmdParameters=config_overrides
+JobRequeue=0
+ReturnToService=2
+SlurmdTimeout=60
+PartitionName=lab Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+# JobRequeue=0: what requeues a job is in the job. ReturnToService=2: a node that crashed is used when it is back.
+
+# pid 1 of a node; $1 its name, $2 the state folder. Its end is the end of all processes of the node.
+NODE_INIT = """\
+hostname "$1" && mount --bind "$2/hosts" /etc/hosts || exit
+mount -t tmpfs -o mode=1777 slurmlab-shm /dev/shm
+slurmd -D -f "$2/slurm.conf" &
+slurmd=$!
+while kill -0 "$slurmd" 2>/dev/null; do wait "$slurmd"; done # bash also buries the orphans
+"""
+
+
+class LabError(RuntimeError):
+    """The cluster cannot be built here, or does not do what it should; the message is for the user."""
+
+
+class SlurmLab:
+    """A cluster of n_nodes for as long as its `with` block runs, and nothing of it afterwards."""
+
+    def __init__(self, n_nodes: int = 4, gpus_per_node: int = 4, cpus_per_node: int = 128) -> None:
+        self.nodes = [f"node{i}" for i in range(1, n_nodes + 1)]
+        self._n_gpus, self._n_cpus = gpus_per_node, cpus_per_node
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}  # by node, and the two of the host
+        self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": str(STATE / "slurm.conf")}
+
+    def __enter__(self) -> "SlurmLab":
+        self._check()
+        self._remove()  # what one that was killed has left
+        try:
+            self._write_files()
+            self._start_host()
+            for node in self.nodes:
+                self._plug_in(node)
+                self.boot(node)
+            self.wait_for_nodes()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in (*self.nodes, "slurmctld", "munged"):
+            self._kill(name)
+        self._remove()
+
+    # --- for the tests
+
+    def slurm(self, *command: str) -> str:
+        """What a command of SLURM prints: lab.slurm("sinfo", "-h")."""
+        return _run(*command, env=self.env)
+
+    def crash(self, node: str) -> None:
+        """Like a power cut: all its processes are gone at once."""
+        self._kill(node)
+
+    def boot(self, node: str) -> None:
+        namespace = ["ip", "netns", "exec", NAMESPACE.format(node)]
+        own = ["unshare", "--uts", "--ipc", "--mount", "--propagation", "slave", "--pid", "--fork", "--mount-proc"]
+        init = ["--kill-child", "bash", "-c", NODE_INIT, "bash", node, str(STATE)]
+        self._start(node, [*namespace, *own, *init])
+
+    def wait_for_nodes(self) -> None:
+        """Until all nodes can take a job."""
+
+        def ready() -> bool:
+            return set(self.slurm("sinfo", "-h", "-N", "-o", "%T").split()) <= {"idle", "allocated", "mixed"}
+
+        if not wait_for(ready, 90):
+            log = _tail(STATE / "log" / f"slurmd.{self.nodes[0]}.log")
+            raise LabError(f"SLURM's nodes are not ready:\n{self.slurm('sinfo', '-N', '-o', '%N %T %E')}{log}")
+
+    def processes(self, node: str, pattern: str) -> list[str]:
+        """Command lines of a node's processes that match a regular expression, each after its process id there."""
+        inside = ["nsenter", f"--target={self._init(node)}", "--pid", "--mount"]
+        lines = _run(*inside, "ps", "-eo", "pid=,args=").splitlines()
+        return [line.strip() for line in lines if re.search(pattern, line)]
+
+    def kill(self, node: str, pid: str, signal_name: str) -> None:
+        _run("nsenter", f"--target={self._init(node)}", "--pid", "--mount", "kill", f"-{signal_name}", pid)
+
+    # --- how it is built
+
+    def _check(self) -> None:
+        if os.geteuid() != 0:
+            raise LabError(
+                "needs root, to make hosts out of namespaces: run it with sudo, or in a privileged container"
+            )
+        missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+        if missing:
+            raise LabError(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge iproute2")
+        if b"slurmlab" in b"".join(path.read_bytes() for path in _command_lines("slurmctld")):
+            raise LabError("another cluster of this kind is up: one at a time")
+        addresses = _run("ip", "-4", "-o", "addr").splitlines()
+        in_use = [line for line in addresses if ADDRESS.format("") in line and f" {BRIDGE} " not in line]
+        if in_use:
+            raise LabError(f"the addresses {ADDRESS.format('*')} are in use here: {in_use[0]}")
+
+    def _write_files(self) -> None:
+        for folder in ("log", "munge", "controller", "spool", *(f"spool/{node}" for node in self.nodes)):
+            (STATE / folder).mkdir(parents=True, mode=0o755)
+        (STATE / "munge" / "key").write_bytes(os.urandom(128))
+        (STATE / "munge" / "key").chmod(0o400)
+        for i in range(self._n_gpus):  # only device files make SLURM set CUDA_VISIBLE_DEVICES: copies of /dev/null
+            os.mknod(STATE / f"nvidia{i}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        hosts = {"localhost": "127.0.0.1", f"{CONTROLLER} {socket.gethostname()}": ADDRESS.format(1)}
+        hosts |= {node: self._address(node) for node in self.nodes}
+        (STATE / "hosts").write_text("".join(f"{address}\t{name}\n" for name, address in hosts.items()))
+        conf = SLURM_CONF.format(controller=CONTROLLER, address=ADDRESS.format(1), state=STATE)
+        hardware = f"CPUs={self._n_cpus} RealMemory=256000 Gres=gpu:A100:{self._n_gpus} State=UNKNOWN"
+        nodes = [f"NodeName={node} NodeAddr={self._address(node)} {hardware}" for node in self.nodes]
+        ports = [f"{key}={port}" for key, port in PORTS.items()]
+        # PartitionName comes last: it names nodes
+        (STATE / "slurm.conf").write_text("\n".join([*ports, *nodes, conf]))
+        (STATE / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # or slurmd looks for one in /sys
+        gpus = f"Name=gpu Type=A100 File={STATE}/nvidia[0-{self._n_gpus - 1}] Flags=nvidia_gpu_env"
+        (STATE / "gres.conf").write_text(f"AutoDetect=off\n{gpus}\n")
+
+    def _start_host(self) -> None:
+        munge = STATE / "munge"
+        paths = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+        options = [f"--{option}={munge / name}" for option, name in paths.items()]
+        self._start("munged", ["munged", "--foreground", *options])
+        if not wait_for((munge / "socket").exists, 20):
+            raise LabError(f"munged does not start:\n{_tail(STATE / 'log' / 'munged.out')}")
+        _run("ip", "link", "add", BRIDGE, "type", "bridge", "stp_state", "0")
+        _run("ip", "addr", "add", f"{ADDRESS.format(1)}/24", "dev", BRIDGE)
+        _run("ip", "link", "set", BRIDGE, "up")
+        command = (
+            f"hostname {CONTROLLER} && mount --bind {STATE}/hosts /etc/hosts && exec slurmctld -D -f {STATE}/slurm.conf"
+        )
+        self._start("slurmctld", ["unshare", "--uts", "--mount", "sh", "-c", command])
+        if not wait_for(lambda: " is UP" in _run("scontrol", "ping", env=self.env, check=False), 30):
+            raise LabError(f"slurmctld does not start:\n{_tail(STATE / 'log' / 'slurmctld.log')}")
+
+    def _plug_in(self, node: str) -> None:
+        namespace, cable = NAMESPACE.format(node), CABLE.format(self.nodes.index(node) + 1)
+        _run("ip", "netns", "add", namespace)
+        _run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+        _run("ip", "link", "set", cable, "master", BRIDGE, "up")
+        _run("ip", "-n", namespace, "addr", "add", f"{self._address(node)}/24", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            _run("ip", "-n", namespace, "link", "set", device, "up")
+
+    def _address(self, node: str) -> str:
+        return ADDRESS.format(11 + self.nodes.index(node))
+
+    def _init(self, node: str) -> int:
+        """The process id, on the host, of the node's pid 1: the child of `unshare --fork`."""
+        unshare = self._daemons[node].pid
+        return int(Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0])
+
+    def _start(self, name: str, command: list[str]) -> None:
+        env = {"PATH": PATH, "LANG": "C.UTF-8", "HOME": "/root", "SLURM_CONF": self.env["SLURM_CONF"]}
+        libc = ctypes.CDLL(None)
+        with open(STATE / "log" / f"{name}.out", "ab") as log:
+            self._daemons[name] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=STATE,
+                env=env,
+                start_new_session=True,  # Ctrl-C is for the tests, which then stop it
+                preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+            )
+
+    def _kill(self, name: str) -> None:
+        if (daemon := self._daemons.pop(name, None)) is not None:
+            daemon.kill()  # of a node `unshare --kill-child` takes pid 1 along, and that all others
+            daemon.wait()
+
+    def _remove(self) -> None:
+        for node in self.nodes:
+            _run("ip", "link", "del", CABLE.format(self.nodes.index(node) + 1), check=False)
+            _run("ip", "netns", "del", NAMESPACE.format(node), check=False)
+        _run("ip", "link", "del", BRIDGE, check=False)
+        shutil.rmtree(STATE, ignore_errors=True)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether it became true in that time."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _command_lines(program: str) -> list[Path]:
+    """/proc/<pid>/cmdline of the processes of that name on this machine."""
+    pids = _run("pgrep", "-x", program, check=False).split()
+    return [path for pid in pids if (path := Path(f"/proc/{pid}/cmdline")).exists()]
+
+
+def _run(*command: str, env: dict[str, str] | None = None, check: bool = True) -> str:
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=env or {**os.environ, "PATH": PATH},
+        check=False,
+    )
+    if check and done.returncode:
+        raise LabError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def _tail(path: Path) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-12:]) if path.exists() else "(no log)"
