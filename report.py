@@ -151,13 +151,14 @@ class Report:
         }
         if peak := peak_flops_per_s(self.world):
             metrics["mfu"] = tokens_per_s * self.gpt.flops_per_token() / peak
-        with open(self.run_dir / "metrics.jsonl", "a") as file:
+        with training_goes_on("metrics.jsonl"), open(self.run_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
         if losses["val"] < self.best_val_loss:
-            self.best_val_loss = losses["val"]
-            self.save_best_model(step)
+            with training_goes_on("best_model.pth"):
+                self.save_best_model(step, losses["val"])
+                self.best_val_loss = losses["val"]
 
     def require_finite(self, loss: float, step: int) -> None:
         """
@@ -170,7 +171,7 @@ class Report:
                 "before. Try a lower train.lr_schedule.lr, more warmup_steps or amp = false"
             )
 
-    def save_best_model(self, step: int) -> None:
+    def save_best_model(self, step: int, val_loss: float) -> None:
         path = self.run_dir / "best_model.pth"
         logger.info("New best model found. Saving...")
         best = {
@@ -178,11 +179,23 @@ class Report:
             "model_config": self.cfg.model.model_dump(),
             "context_length": self.cfg.train.context_length,
             "step": step,
-            "val_loss": self.best_val_loss,
+            "val_loss": val_loss,
         }
-        torch.save(best, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)  # whole or not at all
+        try:
+            torch.save(best, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)  # whole or not at all
+        finally:
+            path.with_suffix(".tmp").unlink(missing_ok=True)
         logger.info(f"Saved model to {os.path.join(self.cfg.log_dir, self.run_dir.name, path.name)}")
+
+
+@contextmanager
+def training_goes_on(name: str) -> Generator[None]:
+    """Logs that a file could not be written: a full disk must not end a run of days."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter from torch.save
+        logger.error(f"{name} not written, training goes on: {(str(error).splitlines() or [''])[0]}")
 
 
 def introduce(world: World, cfg: Config, gpt: GPT) -> None:

@@ -2,6 +2,7 @@
 
     python scripts/bench.py optimizer --threads 1     # AccumAdamW against torch's AdamW and decent-dp's AccumAdamW
     python scripts/bench.py wrapper                   # a training step in DecentDP against the bare model, one process
+    python scripts/bench.py checkpoint                # how long a save holds training up
     python scripts/bench.py exchange --workers 2      # one exchange against an all-reduce, and how much is hidden
 
 The arms alternate in short blocks and a ratio is the median over the rounds of the ratio within a round, so that a
@@ -47,7 +48,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     common.add_argument("--rounds", type=int, default=20, help="how often each arm is measured")
     common.add_argument("--threads", type=int, help="of each process; default: what torch takes")
     common.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    commands = parser.add_subparsers(required=True, metavar="optimizer|wrapper|exchange")
+    commands = parser.add_subparsers(required=True, metavar="optimizer|wrapper|checkpoint|exchange|loader")
 
     optimizer = commands.add_parser("optimizer", parents=[common], help="steps of a GPT's parameters, no gradients")
     _add_gpt(optimizer, n_layers=6, n_embd=512, vocab_size=20_000)
@@ -62,6 +63,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     wrapper.add_argument("--small-tensors", type=int, default=600, help="of the second model")
     wrapper.add_argument("--steps", type=int, default=1, help="in a block")
     wrapper.set_defaults(command=bench_wrapper)
+
+    checkpoint = commands.add_parser("checkpoint", parents=[common], help="a world of one worker")
+    _add_gpt(checkpoint, n_layers=6, n_embd=320, vocab_size=8_000)
+    checkpoint.set_defaults(command=bench_checkpoint)
 
     exchange = commands.add_parser("exchange", parents=[common], help="gloo workers on this machine")
     exchange.add_argument("--workers", type=int, default=2)
@@ -176,6 +181,47 @@ def training_steps(
         ("bare", training_step(bare, None)),
         ("in DecentDP", training_step(inside, DecentDP(inside, "complete", local_world_size=1))),
     ]
+
+
+def bench_checkpoint(args: argparse.Namespace) -> list[Result]:
+    """ms that training stands still for a save, beside a copy of as many bytes and a training step, and of a step
+    while the files are written."""
+    import torch
+
+    from config import Config
+    from decent import Checkpoints, DecentDP, World
+    from optim import AccumAdamW
+
+    world = World.from_env()
+    with world.connected(), tempfile.TemporaryDirectory() as folder:
+        gpt = build_gpt(args).to(world.device)
+        model, optimizer = DecentDP(gpt, "complete", local_world_size=1), AccumAdamW(gpt.parameters())
+        tokens = torch.randint(args.vocab_size, (8, args.context_length), device=world.device)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            model(tokens, tokens)[1].backward()
+            model.mix()
+            optimizer.step()
+            model.exchange()
+
+        step()
+        checkpoints = Checkpoints(Path(folder), world, model, {"optimizer": optimizer}, Config())
+        state = [*gpt.parameters(), *(t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))]
+        steps_saved = iter(range(10**9))
+        arms: Arms = {
+            "copy of the state": lambda: [t.detach().to("cpu", copy=True) for t in state],
+            "save": lambda: checkpoints.save(next(steps_saved)),
+            "step while it is written": step,
+            "step": step,
+        }
+        waiting = iter(range(10**9))  # before the first arm and the last the files must be there
+        times_s = alternate(
+            arms, args.rounds, before=lambda: checkpoints.wait() if next(waiting) % 4 in (0, 3) else None
+        )
+        checkpoints.close()
+        print(f"state: {sum(t.nbytes for t in state) / 1e6:.0f} MB")
+        return compare(times_s, base="step")
 
 
 def build_gpt(args: argparse.Namespace) -> "nn.Module":

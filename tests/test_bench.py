@@ -30,6 +30,11 @@ def run_bench(*arguments: object) -> subprocess.CompletedProcess[str]:
             {"GPT, bare", "GPT, in DecentDP", "small tensors, bare", "small tensors, in DecentDP"},
             ["x bare"],
         ),
+        (
+            ["checkpoint", *TINY_GPT],
+            {"copy of the state", "save", "step while it is written", "step"},
+            ["x step"],
+        ),
         pytest.param(
             ["exchange", "--workers", 2, "--numel", 1000],
             {"all_reduce", "complete", "ring", "exp", "alternating-exp-ring"},
@@ -37,7 +42,7 @@ def run_bench(*arguments: object) -> subprocess.CompletedProcess[str]:
             marks=pytest.mark.dist,
         ),
     ],
-    ids=["optimizer", "wrapper", "exchange"],
+    ids=["optimizer", "wrapper", "checkpoint", "exchange"],
 )
 def test_prints_and_writes_a_line_for_each_arm(
     tmp_path: Path, arguments: list[object], arms: set[str], columns: list[str]

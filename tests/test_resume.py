@@ -368,6 +368,35 @@ def test_a_hanging_worker_is_named(launcher: Launcher, backend: str) -> None:
 
 
 @pytest.mark.fault
+@pytest.mark.dist
+@pytest.mark.parametrize("owner", ["checkpoint.write_worker", "DecentDP.averaged", "DecentDP.mix"])
+def test_one_worker_killed_ends_all_and_the_run_goes_on_from_the_last_checkpoint(
+    launcher: Launcher, tmp_path: Path, owner: str
+) -> None:
+    """In a save, in an evaluation, in a step: each for the second time."""
+    whole = in_place(launcher, tmp_path / "whole", n=2)
+    owner, name = owner.split(".")
+    kill = f"""
+import decent.checkpoint
+original = decent.{owner}.{name}
+def dying(*args, calls=[]):
+    calls.append(1)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        os._exit(137)
+    return original(*args)
+decent.{owner}.{name} = dying
+"""
+    killed = in_place(launcher, tmp_path / "parts", n=2, first=kill)
+    assert killed.codes[1] == 137
+    assert killed.codes[0] == 1, killed.errors[0]
+    resumed = in_place(launcher, tmp_path / "parts", n=2)
+    assert resumed.codes == [0, 0], resumed.errors
+    assert timeless(resumed) == timeless(whole)
+    for a, b in zip(final_states(resumed), final_states(whole), strict=True):
+        assert_equal(a, b)
+
+
+@pytest.mark.fault
 @pytest.mark.slow
 def test_killed_at_20_random_instants_the_run_ends_with_the_same_bits(launcher: Launcher, tmp_path: Path) -> None:
     """kill -9 of all workers wherever they are: in a step, a save, an evaluation, a start."""
