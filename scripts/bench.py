@@ -4,6 +4,7 @@
     python scripts/bench.py wrapper                   # a training step in DecentDP against the bare model, one process
     python scripts/bench.py checkpoint                # how long a save holds training up
     python scripts/bench.py exchange --workers 2      # one exchange against an all-reduce, and how much is hidden
+    python scripts/bench.py loader                    # batches against nanoGPT's, waiting for them, memory of a corpus
 
 The arms alternate in short blocks and a ratio is the median over the rounds of the ratio within a round, so that a
 machine that others use too slows both sides alike. Times still differ from machine to machine: compare ratios.
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts import bench_loader
 from scripts.bench_timing import Arms, Result, alternate, compare, peak_temporary_bytes, print_table, repeat
 
 if TYPE_CHECKING:
@@ -72,6 +74,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     exchange.add_argument("--workers", type=int, default=2)
     exchange.add_argument("--numel", type=int, default=10_000_000, help="parameters of the model")
     exchange.set_defaults(command=bench_exchange)
+
+    bench_loader.add_parser(commands, common)
     return parser.parse_args(argv)
 
 

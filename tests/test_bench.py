@@ -62,6 +62,18 @@ def test_prints_and_writes_a_line_for_each_arm(
         assert all(column in lines[arm] for arm in arms - {"all_reduce"})
 
 
+@pytest.mark.dist
+def test_loader_prints_the_ratio_and_the_memory(tmp_path: Path) -> None:
+    arguments = ["loader", "--tokens", 2_000_000, "--workers", 2, "--steps", 0, "--rounds", 2, "--threads", 1]
+    done = run_bench(*arguments, "--json", tmp_path / "results.json")
+    assert done.returncode == 0, done.stderr
+    lines = {row["arm"]: row for row in json.loads((tmp_path / "results.json").read_text())["results"]}
+    for arm in ("nanoGPT get_batch", "memmap", "in_memory"):
+        assert lines[arm]["times as fast"] > 0
+    assert lines["in_memory, 2 workers"]["held / corpus"] > 0.9
+    assert all(f"{value}" in done.stdout for row in lines.values() for value in row.values())
+
+
 def test_help_does_not_wait_for_torch() -> None:
     program = (
         f"import runpy, sys; sys.argv = ['bench.py', '--help']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
@@ -74,4 +86,4 @@ def test_help_does_not_wait_for_torch() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "optimizer|wrapper|exchange" in done.stdout
+    assert "optimizer|wrapper|exchange|loader" in done.stdout

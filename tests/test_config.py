@@ -26,6 +26,7 @@ DEFAULTS = {
     "log.wandb_project": "gpt2-owt",
     "log.eval_interval": 1000,
     "log.eval_steps": 200,
+    "log.eval_full": False,
     "train.backend": "decentdp",
     "train.topology": "alternating-exp-ring",
     "train.seed": 42,
