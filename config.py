@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 import tomli
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Backend = Literal["decentdp", "pytorchddp"]
 TopologyName = Literal["complete", "exp", "ring", "alternating-exp-ring"]
@@ -21,6 +21,13 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # of a folder: not "..", no "/"
+
+
+def _job_id_as_text(value: object) -> object:
+    return str(value) if type(value) is int else value
+
+
+RunName = Annotated[Name, BeforeValidator(_job_id_as_text)]  # log.run_name=3197816 on a command line is a number
 
 
 class Section(BaseModel):
@@ -37,7 +44,7 @@ class LogConfig(Section):
     eval_full: bool = False  # the validation loss is that of the whole split, whatever eval_steps, batch and workers
     checkpoint_interval: Count | None = None  # steps between two checkpoints; None: eval_interval
     keep_checkpoints: Count = 2  # the newest so many stay
-    run_name: Name | None = None  # folder in log_dir; None: SLURM_JOB_ID, else the time
+    run_name: RunName | None = None  # folder in log_dir; None: SLURM_JOB_ID, else the time
 
 
 def _usual_betas(optim: dict[str, Any]) -> tuple[float, float]:

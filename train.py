@@ -33,7 +33,8 @@ MALLOC_OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M
 
 
 def main() -> int:
-    """Exit code: 0; 2 for a mistake in the input; 1 for a loss that is not finite or a lost worker. Each in a line."""
+    """Exit code: 0; 2 for a mistake in the input; 1 for a loss that is not finite, a lost worker or a state that could
+    not be saved at the end. Each in a line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a TOML file, as in config/")
     parser.add_argument("overrides", nargs="*", help="configuration keys to change: train.n_steps=100")
@@ -49,7 +50,7 @@ def main() -> int:
         try:
             tune_process()
             cfg, dataset, run_dir = prepare(world, cfg)
-            train(world, cfg, dataset, run_dir)
+            saved = train(world, cfg, dataset, run_dir)
         except SetupError as error:
             logger.error(error)  # rank 0 speaks for all
             world.gather(None)  # nobody leaves before it has: torchrun ends the others with the first
@@ -60,7 +61,7 @@ def main() -> int:
             else:
                 print(f"rank {world.rank}: {error}", file=sys.stderr)
             return 2 if isinstance(error, TokenError) else 1
-    return 0
+    return 0 if saved else 1  # not 0: the job would be requeued, again and again
 
 
 def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDataset, Path]:
@@ -95,7 +96,8 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
     return cfg, dataset, run_dir
 
 
-def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> None:
+def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> bool:
+    """Whether the state at its end, or where it was asked to stop, is saved."""
     torch.manual_seed(cfg.train.seed)
     gpt = GPT(cfg.model, cfg.train.context_length).to(world.device)
     if cfg.train.compile:
@@ -107,8 +109,9 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> No
 
     report = Report(world, cfg, run_dir, gpt)
     stop = StopRequest(cfg.train.timeout_s)
-    parts = {"optimizer": optimizer, "scaler": scaler, "report": report}
-    checkpoints = Checkpoints(run_dir / "checkpoint", world, model, parts, cfg)
+    checkpoints = Checkpoints(
+        run_dir / "checkpoint", world, model, {"optimizer": optimizer, "scaler": scaler, "report": report}, cfg
+    )
     first_step = checkpoints.restore(cfg.checkpoint)
     with (
         closing(local_batches(world, cfg, dataset, "train", first_step, cfg.train.n_steps)) as batches,
@@ -145,6 +148,7 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> No
             if stopping and not last:
                 logger.info(f"Asked to stop: ends after step {step + 1}; the same command goes on from there")
                 break
+        return checkpoints.wait()
 
 
 def forward_and_backward(

@@ -67,7 +67,7 @@ class Checkpoints:
         # For the thread that writes: its collectives must not get between those of the others.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=cfg.train.timeout_s))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._writing: Future[None] | None = None
+        self._writing: Future[bool] | None = None
         if world.rank == 0 and folder.exists():
             for leftover in folder.glob(".*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -86,15 +86,14 @@ class Checkpoints:
         self._world.synchronize()
         self._writing = self._executor.submit(self._write, step, copy)
 
-    def wait(self) -> None:
-        """Until the last checkpoint is written, or is known to have failed."""
-        if self._writing is not None:
-            self._writing.result()
+    def wait(self) -> bool:
+        """Until the last checkpoint is written, or has failed: then it is False, on worker 0 at least."""
+        return self._writing is None or self._writing.result()
 
     def close(self) -> None:
         self._executor.shutdown()
 
-    def _write(self, step: int, state: State) -> None:
+    def _write(self, step: int, state: State) -> bool:
         """In the thread, on all workers. A failure is logged, leaves nothing behind and does not end the run."""
         hidden, path = self._folder / f".step-{step:09d}", self._folder / f"step-{step:09d}"
         try:
@@ -107,8 +106,10 @@ class Checkpoints:
                 logger.error(f"checkpoint of step {step} not saved, training goes on: {errors[0]}")
                 if self._world.rank == 0:
                     shutil.rmtree(hidden, ignore_errors=True)
+            return not errors
         except RuntimeError as error:  # a worker is gone, which the training loop will find as well
             logger.error(f"checkpoint of step {step} not saved: {str(error).strip().splitlines()[0]}")
+            return False
 
     def _gather(self, value: T) -> list[T]:
         values: list[T] = [value] * self._world.world_size

@@ -195,3 +195,5 @@ class StopRequest:
             except RuntimeError as missing:
                 reason = f"{str(missing).strip().splitlines()[0]}; {reason}"
             raise PeerError(f"a collective failed: {reason}") from error
+        finally:  # there is nothing left to stop: a second signal must not kill a worker that is on its way out
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -53,7 +53,8 @@ trap stop_workers TERM                # cancelled or preempted: if it is to go o
 while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done # a trap ends a wait early
 wait "$srun" # of one that has ended: its exit code, which becomes the script's if it is not 0
 
-# Whoever stopped has saved after at least one new step, so that this does not go round in circles.
+# No circles: who leaves with exit code 0 has saved at least one new step, or has come to the end of the run at this
+# very moment. Then the job starts once more, and ends at once.
 if [ "$requeue" = yes ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

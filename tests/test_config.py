@@ -236,6 +236,10 @@ def test_an_override_wins_over_the_file_and_a_later_one_over_an_earlier(tmp_path
     assert (cfg.train.seed, cfg.train.n_steps, cfg.log.eval_steps) == (3, 7000, 9)
 
 
+def test_a_run_can_be_named_by_its_job_id_alone(tmp_path: Path) -> None:
+    assert load(tmp_path, "", "log.run_name=3197816").log.run_name == "3197816"
+
+
 def test_an_override_is_checked_together_with_the_file(tmp_path: Path) -> None:
     assert "warmup_steps = 2000" in error(tmp_path, "[train]\nn_steps = 3000", "train.n_steps=1000")
     assert load(tmp_path, "[train]\nn_steps = 1000", "train.n_steps=3000").train.n_steps == 3000

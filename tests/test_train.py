@@ -492,6 +492,17 @@ def test_a_loss_that_is_not_finite_on_one_worker_leaves_no_other_waiting(launche
     assert run.codes[0] not in (0, -9), run.errors
 
 
+@pytest.mark.fault
+@pytest.mark.dist
+def test_a_run_whose_end_could_not_be_saved_has_exit_code_1_or_its_job_would_be_requeued_forever(
+    launcher: Launcher,
+) -> None:
+    full = "import os\ndef fsync(_): raise OSError(28, 'No space left on device')\nos.fsync = fsync"
+    run = launcher.run(n=2, first=full, timeout_s=40)
+    assert run.codes == [1, 1], run.errors
+    assert "checkpoint of step 12 not saved" in run.errors[0]
+
+
 # --- Mistakes: exit code 2, one line, nothing written ---
 
 
