@@ -435,7 +435,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run(launcher: Launcher, 
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=True)
     try:
         run = in_place(launcher, disk, "log.checkpoint_interval=4")
-        assert run.codes == [0], run.errors
+        assert run.codes == [1], run.errors  # trained to the end, but the last state is not saved
         assert any("checkpoint of step 8 not saved, training goes on: rank 0: " in line for line in run.log)
         assert [path.name for path in (run.dir / "checkpoint").iterdir()] == ["step-000000004"]
         assert timeless(run) == timeless(whole)
