@@ -69,4 +69,4 @@ def test_help_does_not_wait_for_torch() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "optimizer|wrapper|exchange" in done.stdout
+    assert "optimizer|wrapper|exchange|prepare" in done.stdout
