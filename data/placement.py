@@ -27,7 +27,7 @@ SEED = 2357
 VAL_FRACTION = 0.0005
 
 _SYNC_BYTES = 2**30  # placed and not yet deleted, at most
-_SMALL_BYTES = 2**26  # for which no process is worth its start
+_SMALL_BYTES = 2**24  # for which no process is worth its start
 
 
 @dataclass(frozen=True)
