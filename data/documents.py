@@ -156,7 +156,7 @@ def _read_lines(
         try:
             line = next(lines, None)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            yield Bad(f"{name}, line {n_lines + 1}", f"the compressed file is broken ({error})")
+            yield Bad(f"{name}, near line {n_lines + 1}", f"the compressed file is broken ({error})")
             return
         if line is None:
             return

@@ -44,12 +44,14 @@ class Meta:
 
 
 def read_meta(data_dir: str | Path) -> Meta | None:
-    """What data_dir/meta.json says; None if there is none.
+    """What data_dir/meta.json says; None if there is none, or the whole folder is closed: open_tokens says that.
 
     Raises:
         ValueError: it is not one of ours.
     """
     path = Path(data_dir) / NAME
+    if not os.access(path.parent, os.X_OK):
+        return None
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:

@@ -108,20 +108,22 @@ def _fill_(spool: Path, job: Job, num_proc: int) -> placement.Plan:
             [part.n_documents for part in parts],
             sum(part.n_bad for part in parts),
         )
-        _check_number(len(plan.lengths), plan.n_bad, job.source.name)
+        if len(plan.lengths) < 2:
+            for part in parts:
+                part.path.unlink()
+            raise ValueError(_too_few(len(plan.lengths), plan.n_bad, job.source.name))
         placement.save(spool, plan)
     placement.place(spool, plan, num_proc)
     return plan
 
 
-def _check_number(n_documents: int, n_bad: int, name: str) -> None:
-    if n_documents < 2:
-        number = "1 document" if n_documents else "no document"
-        left_out = f" ({n_bad} cannot be read)" if n_bad else ""
-        raise ValueError(
-            f"{name}: holds {number}{left_out}, but train and val need one each; "
-            "cut the text into several .txt files, or into the lines of a .jsonl file"
-        )
+def _too_few(n_documents: int, n_bad: int, name: str) -> str:
+    number = "1 document" if n_documents else "no document"
+    left_out = f" ({n_bad} cannot be read)" if n_bad else ""
+    return (
+        f"{name}: holds {number}{left_out}, but train and val need one each; "
+        "cut the text into several .txt files, or into the lines of a .jsonl file"
+    )
 
 
 def _describe_(spool: Path, job: Job, plan: placement.Plan) -> None:

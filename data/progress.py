@@ -1,5 +1,6 @@
 """The progress bar of a preparation: bytes done, tokens per second, and how long it still takes."""
 
+import sys
 import time
 from typing import Any
 
@@ -26,7 +27,10 @@ class Progress:
             from tqdm import tqdm
 
             tqdm.monitor_interval = 0  # no thread: processes are forked after this
-            self.bar = tqdm(total=self.n_bytes, desc=self.name, unit="B", unit_scale=True)
+            rare_s = 0.1 if sys.stderr.isatty() else 10  # in a log file each is a line
+            self.bar = tqdm(
+                total=self.n_bytes, desc=self.name, unit="B", unit_scale=True, delay=rare_s, mininterval=rare_s
+            )
         self.n_tokens += n_tokens
         speed = self.n_tokens / max(1e-9, time.monotonic() - self.start_s)
         self.bar.set_postfix_str(f"{speed / 1e6:.2f}M tokens/s", refresh=False)
