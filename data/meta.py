@@ -50,12 +50,12 @@ def read_meta(data_dir: str | Path) -> Meta | None:
         ValueError: it is not one of ours.
     """
     path = Path(data_dir) / NAME
-    if not os.access(path.parent, os.X_OK):
+    try:
+        path.stat()
+    except OSError:
         return None
     try:
         text = path.read_text("utf-8")
-    except FileNotFoundError:
-        return None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     try:
