@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from config import Config, load_config
 from data import TokenDataset, prefetch
 from data.loader import Split, TokenError
+from data.meta import check_meta, read_meta
 from decent import AllReduceDP, Checkpoints, DecentDP, PeerError, SetupError, StopRequest, World, build_topology
 from model import GPT
 from optim import build_optimizer, lr_at
@@ -75,9 +76,12 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
             build_topology(cfg.train.topology, world.world_size, world.local_world_size)
         if cfg.log.wandb_log and world.rank == 0:
             log_in_to_wandb()
-        corpora = sorted(folder.parent.name for folder in Path(__file__).parent.glob("data/*/prepare.py"))
+        data = Path(__file__).parent / "data"
+        corpora = sorted({path.parent.name for name in ("prepare.py", "meta.json") for path in data.glob(f"*/{name}")})
         if cfg.dataset not in corpora:
             raise ValueError(f'dataset = "{cfg.dataset}" has no folder under data/; there are {", ".join(corpora)}')
+        if (meta := read_meta(cfg.data_dir)) is not None:
+            check_meta(meta, cfg.data_dir, cfg.model.vocab_size)
         dataset = TokenDataset(
             cfg.data_dir,
             cfg.train.context_length,
@@ -93,6 +97,7 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.toml").write_text(cfg.to_toml())
             log_to_file(run_dir / "train.log")
+            logger.info(meta.describe() if meta else f"corpus: {cfg.data_dir}, which has no meta.json")
     return cfg, dataset, run_dir
 
 

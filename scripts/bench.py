@@ -5,6 +5,7 @@
     python scripts/bench.py checkpoint                # how long a save holds training up
     python scripts/bench.py exchange --workers 2      # one exchange against an all-reduce, and how much is hidden
     python scripts/bench.py loader                    # batches against nanoGPT's, waiting for them, memory of a corpus
+    python scripts/bench.py prepare                   # the preparation of a corpus against nanoGPT's
 
 The arms alternate in short blocks and a ratio is the median over the rounds of the ratio within a round, so that a
 machine that others use too slows both sides alike. Times still differ from machine to machine: compare ratios.
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts import bench_loader
+from scripts import bench_loader, bench_prepare
 from scripts.bench_timing import Arms, Result, alternate, compare, peak_temporary_bytes, print_table, repeat
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     common.add_argument("--rounds", type=int, default=20, help="how often each arm is measured")
     common.add_argument("--threads", type=int, help="of each process; default: what torch takes")
     common.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    commands = parser.add_subparsers(required=True, metavar="optimizer|wrapper|checkpoint|exchange|loader")
+    commands = parser.add_subparsers(required=True, metavar="optimizer|wrapper|checkpoint|exchange|loader|prepare")
 
     optimizer = commands.add_parser("optimizer", parents=[common], help="steps of a GPT's parameters, no gradients")
     _add_gpt(optimizer, n_layers=6, n_embd=512, vocab_size=20_000)
@@ -76,6 +77,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     exchange.set_defaults(command=bench_exchange)
 
     bench_loader.add_parser(commands, common)
+    prepare = commands.add_parser("prepare", parents=[common], help="of 60 MB of text, in processes of their own")
+    bench_prepare.add_arguments(prepare)
     return parser.parse_args(argv)
 
 

@@ -86,4 +86,4 @@ def test_help_does_not_wait_for_torch() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "optimizer|wrapper|exchange|loader" in done.stdout
+    assert "optimizer|wrapper|checkpoint|exchange|loader|prepare" in done.stdout

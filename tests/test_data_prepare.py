@@ -6,11 +6,10 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 
-from data.openwebtext import prepare as openwebtext
+from data.meta import check_meta, file_sha256, read_meta
 from data.sotu import prepare as sotu
 from data.token_file import is_complete, open_tokens
 from data.tokenizer import gpt2_encoding
@@ -27,12 +26,20 @@ def sotu_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sotu_has_the_stated_counts(sotu_dir: Path) -> None:
-    assert sorted(path.name for path in sotu_dir.iterdir()) == ["train.bin", "val.bin"]
+    assert sorted(path.name for path in sotu_dir.iterdir()) == ["meta.json", "train.bin", "val.bin"]
     for split, n_documents in [("train", 237), ("val", 12)]:
         tokens = open_tokens(sotu_dir / f"{split}.bin", 1)
         assert len(tokens) == sotu.N_TOKENS[split]
         assert np.count_nonzero(tokens == END_OF_TEXT) == n_documents
         assert tokens[-1] == END_OF_TEXT
+
+
+def test_sotu_is_described_by_its_meta_json(sotu_dir: Path) -> None:
+    meta = read_meta(sotu_dir)
+    assert meta is not None
+    check_meta(meta, sotu_dir, vocab_size=50257)
+    assert (meta.train.documents, meta.val.documents) == (237, 12)
+    assert meta.train.sha256 == file_sha256(sotu_dir / "train.bin")
 
 
 def test_sotu_files_decode_to_the_addresses(sotu_dir: Path) -> None:
@@ -68,17 +75,7 @@ def test_help_imports_neither_torch_nor_datasets(corpus: str) -> None:
     run = _script(corpus, "--help", python_options=["-X", "importtime"])
     assert f"python data/{corpus}/prepare.py" in run.stdout
     assert "numpy" in _imported(run)
-    assert not _imported(run) & {"torch", "datasets", "tiktoken"}
-
-
-@pytest.mark.parametrize("num_proc", [1, 2])
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 dislikes how datasets forks
-def test_openwebtext_files_are_byte_for_byte_nanogpts(tmp_path: Path, num_proc: int) -> None:
-    dataset = datasets.Dataset.from_dict({"text": _texts(n=2500)})  # more than two batches
-    openwebtext.prepare(dataset, tmp_path, num_proc=num_proc)
-    for split, ids in _nanogpt(dataset).items():
-        assert (tmp_path / f"{split}.bin").read_bytes() == np.array(ids, dtype="<u2").tobytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.bin", "val.bin"]
+    assert not _imported(run) & {"torch", "datasets", "tiktoken", "pyarrow", "huggingface_hub"}
 
 
 def test_openwebtext_without_a_network_ends_soon_in_one_line_with_alternatives(tmp_path: Path) -> None:
@@ -89,7 +86,7 @@ def test_openwebtext_without_a_network_ends_soon_in_one_line_with_alternatives(t
         run = _script("openwebtext", "--out", str(out), env=environment | {"HF_HUB_OFFLINE": offline}, returncode=2)
         assert time.monotonic() - start < 60
         assert len(run.stderr.splitlines()) == 1, run.stderr
-        for alternative in ("copy train.bin and val.bin", "HF_ENDPOINT", "HF_HOME", "data/sotu/prepare.py"):
+        for alternative in ("--input", "copy train.bin and val.bin", "HF_ENDPOINT", "HF_HOME", "data/sotu/prepare.py"):
             assert alternative in run.stderr
         assert not out.exists()
 
@@ -102,25 +99,6 @@ def _imported(run: subprocess.CompletedProcess[str]) -> set[str]:
 def _runs_of_20_words(text: str) -> set[tuple[str, ...]]:
     words = text.split()
     return set(zip(*(words[i:] for i in range(20)), strict=False))
-
-
-def _texts(n: int) -> list[str]:
-    words = ["the", "<|endoftext|>", "Décentralisé", "한국", "\n\n", "1,024", "👩‍👧", "gossip", "don't"]
-    random = np.random.default_rng(2357)
-    return [" ".join(random.choice(words, size)) for size in random.integers(0, 40, n)]
-
-
-def _nanogpt(dataset: datasets.Dataset) -> dict[str, list[int]]:
-    """What nanoGPT's data/openwebtext/prepare.py stores, as a plain loop."""
-    encoding = gpt2_encoding()
-    splits = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    splits["val"] = splits.pop("test")
-    ids: dict[str, list[int]] = {}
-    for split, documents in splits.items():
-        ids[str(split)] = []
-        for text in documents["text"]:
-            ids[str(split)] += [*encoding.encode_ordinary(text), encoding.eot_token]
-    return ids
 
 
 def _script(

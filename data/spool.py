@@ -1,0 +1,88 @@
+"""The spool of a preparation: tokens of documents in source order, in parts that are whole or absent.
+
+A part holds the next documents of one unit (data/documents.py). Its file is a header, then uint32 lengths of the
+documents, then their tokens. The name says unit and number, so a part need not be opened to know its place.
+"""
+
+import os
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data.token_file import TOKEN, Tokens
+
+_HEADER = np.dtype("<i8")
+_N_HEADER = 6  # numbers: _FORMAT, n_documents, n_bad, last, n_tokens, checksum
+_FORMAT = 0x3130_6C6F_6F70_73
+_LENGTH = np.dtype("<u4")
+
+
+class Part(NamedTuple):
+    """What the header of a part says. last: the unit ends with it."""
+
+    path: Path
+    unit: int
+    n_documents: int
+    n_bad: int  # documents left out among them
+    last: bool
+    n_tokens: int
+    checksum: int  # crc32 of lengths and tokens
+
+
+def part_path(folder: Path, unit: int, number: int) -> Path:
+    return folder / f"{unit:07}-{number:05}.part"
+
+
+def part_paths(folder: Path) -> list[Path]:
+    """In the order of the documents."""
+    return sorted(folder.glob("*.part"))
+
+
+def write_part(path: Path, lengths: npt.NDArray[np.uint32], tokens: Tokens, *, n_bad: int, last: bool) -> Part:
+    """The part appears when all is written. lengths: (n_documents,), of which tokens has sum(lengths)."""
+    lengths = lengths.astype(_LENGTH, copy=False)
+    checksum = _checksum(lengths, tokens)
+    header = np.array([_FORMAT, len(lengths), n_bad, last, len(tokens), checksum], dtype=_HEADER)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            for array in (header, lengths, tokens):
+                file.write(array.data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Part(path, int(path.name.split("-")[0]), len(lengths), n_bad, last, len(tokens), checksum)
+
+
+def read_part(path: Path) -> Part | None:
+    """None: absent, or not written by write_part."""
+    if not path.exists() or path.stat().st_size < _N_HEADER * _HEADER.itemsize:
+        return None
+    form, n_documents, n_bad, last, n_tokens, checksum = np.fromfile(path, _HEADER, _N_HEADER).tolist()
+    size_bytes = _N_HEADER * _HEADER.itemsize + n_documents * _LENGTH.itemsize + n_tokens * TOKEN.itemsize
+    if form != _FORMAT or path.stat().st_size != size_bytes:
+        return None
+    return Part(path, int(path.name.split("-")[0]), n_documents, n_bad, bool(last), n_tokens, checksum)
+
+
+def read_lengths(part: Part) -> npt.NDArray[np.uint32]:
+    """Tokens of each document, shape (n_documents,)."""
+    return np.fromfile(part.path, _LENGTH, part.n_documents, offset=_N_HEADER * _HEADER.itemsize)
+
+
+def read_tokens(part: Part) -> Tokens:
+    """The tokens of all its documents, shape (n_tokens,)."""
+    offset = _N_HEADER * _HEADER.itemsize + part.n_documents * _LENGTH.itemsize
+    return np.fromfile(part.path, TOKEN, part.n_tokens, offset=offset)
+
+
+def is_intact(part: Part) -> bool:
+    """Whether the bytes are those that were written: a power failure can leave a name without them."""
+    return _checksum(read_lengths(part), read_tokens(part)) == part.checksum
+
+
+def _checksum(lengths: npt.NDArray[np.uint32], tokens: Tokens) -> int:
+    return zlib.crc32(tokens.data, zlib.crc32(lengths.data))

@@ -1,0 +1,154 @@
+"""Pass 1 of a preparation: the units of a source, in parallel, to parts of the spool in source order."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from data.documents import Bad, Source, Unit, plan_units, read_unit
+from data.encoders import Encoder, Ids
+from data.progress import Progress
+from data.spool import Part, is_intact, part_path, read_part, write_part
+from data.token_file import TOKEN, Tokens
+from data.workers import run_in_processes
+
+_PART_TOKENS = 2**22  # that a process holds before it writes a part
+_SMALL_BYTES = 2**20  # of text, for which no process is worth its start
+_CHECKED = 0.005  # of the text is compared with the reference, and
+_CHECKED_CHARACTERS = 2**14  # so much of each unit in any case
+
+
+@dataclass(frozen=True)
+class Job:
+    """limit: only the first so many documents. skip_bad: leave out what cannot be read."""
+
+    source: Source
+    encoder: Encoder
+    limit: int | None = None
+    skip_bad: bool = False
+
+
+def tokenise(spool: Path, job: Job, num_proc: int) -> list[Part]:
+    """The parts of all documents up to the limit (the last may hold more), in the order of the documents.
+
+    Raises:
+        ValueError: a document is broken, or the ids of one are not the reference's.
+    """
+    units = plan_units(job.source)
+    total_bytes = sum(unit.n_bytes for unit in units)
+    num_proc = min(num_proc, len(units), 1 + total_bytes // _SMALL_BYTES)
+    parts: list[Part] = []
+    task = functools.partial(_tokenise_unit, spool, job, units)
+    answers = run_in_processes(task, _needed(len(units), parts, job.limit), num_proc)
+    with contextlib.closing(answers), Progress("tokenising", total_bytes) as progress:
+        for part in answers:
+            parts.append(part)
+            # of a unit in several parts nobody knows how many bytes each is: they count when it ends
+            progress.add(units[part.unit].n_bytes if part.last else 0, part.n_tokens)
+    return sorted(parts)
+
+
+def _needed(n_units: int, parts: list[Part], limit: int | None) -> Iterator[int]:
+    """The numbers of units, until those that are done, from the first on, have `limit` documents. parts: grows."""
+    for number in range(n_units):
+        if limit is not None:
+            done = {part.unit for part in parts if part.last}
+            first_open = next(unit for unit in range(number + 1) if unit not in done)
+            if sum(part.n_documents for part in parts if part.unit < first_open) >= limit:
+                return
+        yield number
+
+
+def _tokenise_unit(spool: Path, job: Job, units: list[Unit], number: int) -> Iterator[Part]:
+    """The parts of a unit: those that an earlier run wrote, then those that this one writes."""
+    n_parts = n_read = n_documents = 0
+    while part := _usable(part_path(spool, number, n_parts), job):
+        yield part
+        if part.last:
+            return
+        n_parts += 1
+        n_documents += part.n_documents
+        n_read += part.n_documents + part.n_bad
+    documents = islice(read_unit(units[number], job.source.text_key), n_read, None)
+    limit = None if job.limit is None else job.limit - n_documents
+    for n, batch in enumerate(_batches(_encode(documents, job), limit), n_parts):
+        tokens = np.concatenate(batch.arrays) if batch.arrays else np.empty(0, TOKEN)
+        lengths = np.array(batch.lengths, dtype=np.uint32)
+        yield write_part(part_path(spool, number, n), lengths, tokens, n_bad=batch.n_bad, last=batch.last)
+
+
+def _usable(path: Path, job: Job) -> Part | None:
+    part = read_part(path)
+    return part if part and (job.skip_bad or not part.n_bad) and is_intact(part) else None
+
+
+class _Batch:
+    """The documents of a part."""
+
+    def __init__(self) -> None:
+        self.arrays: list[Tokens] = []
+        self.lengths: list[int] = []  # tokens of each array
+        self.n_tokens = 0
+        self.n_bad = 0
+        self.last = False
+
+
+def _batches(documents: Iterator[Tokens | None], limit: int | None) -> Iterator[_Batch]:
+    """Cuts documents (None: left out) where a batch has _PART_TOKENS, and ends after `limit` of them."""
+    batch = _Batch()
+    n_documents = 0
+    while limit is None or n_documents < limit:
+        tokens = next(documents, _END)
+        if tokens is _END:
+            break
+        if batch.n_tokens >= _PART_TOKENS:
+            yield batch
+            batch = _Batch()
+        if tokens is None:
+            batch.n_bad += 1
+            continue
+        batch.arrays.append(tokens)
+        batch.lengths.append(len(tokens))
+        batch.n_tokens += len(tokens)
+        n_documents += 1
+    batch.last = True
+    yield batch
+
+
+_END = np.empty(0, TOKEN)  # no document: each has an end of text
+
+
+def _encode(documents: Iterator[str | Bad], job: Job) -> Iterator[Tokens | None]:
+    """The tokens of each document with its end of text; None for one that is left out."""
+    unchecked = float(_CHECKED_CHARACTERS)
+    for document in documents:
+        if isinstance(document, Bad):
+            if not job.skip_bad:
+                raise ValueError(f"{document}; --skip-bad leaves out what cannot be read")
+            yield None
+            continue
+        ids = job.encoder(document)
+        unchecked += _CHECKED * len(document)
+        if len(document) <= unchecked:
+            unchecked -= len(document)
+            _compare(ids, document, job)
+        tokens = np.empty(len(ids) + 1, TOKEN)
+        tokens[:-1] = ids
+        tokens[-1] = job.encoder.end_of_text
+        yield tokens
+
+
+def _compare(ids: Ids, text: str, job: Job) -> None:
+    """Raises:
+    ValueError: the ids are not those of the reference.
+    """
+    if job.encoder.reference is not None and not np.array_equal(ids, job.encoder.reference(text)):
+        beginning = text[:60] + "..." * (len(text) > 60)
+        raise ValueError(
+            f"{job.encoder.name} {job.encoder.version} gives other ids than tiktoken for the document that begins "
+            f"{beginning!a}; use --tokenizer tiktoken"
+        )

@@ -1,0 +1,158 @@
+"""bench.py prepare: nanoGPT's preparation of a corpus against ours, on the same text, to the same bytes.
+
+Each run is a fresh process with fresh caches of the data sets; the text itself is in the page cache for all. Memory is
+measured in a run of its own, as the sum over all its processes of the proportional set size, where what several share
+counts once.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.bench_timing import Result, print_table
+
+ROOT = Path(__file__).resolve().parents[1]
+NANOGPT = "nanoGPT"
+DOCUMENT_BYTES = (200, 2_000_000)  # of a file that is taken into the corpus
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        type=Path,
+        help="a .jsonl or .parquet file with a column text; default: built from the addresses of data/sotu and the "
+        "sources and documentation of Python's packages on this machine",
+    )
+    parser.add_argument("--megabytes", type=float, default=60.0, help="of text, when it is built")
+    parser.add_argument("--num-proc", type=int, default=2, help="of our arms; nanoGPT's has 2")
+    parser.set_defaults(command=bench_prepare, rounds=3)
+
+
+def bench_prepare(args: argparse.Namespace) -> list[Result]:
+    """Seconds, ratio to nanoGPT's, peak memory and hashes of the outputs. Exits with 1 where the outputs differ."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = args.input or build_corpus(Path(folder) / "text.jsonl", round(args.megabytes * 1e6))
+        print(f"{text}: {text.stat().st_size / 1e6:.1f} MB")
+        commands = {NANOGPT: [str(ROOT / "scripts" / "nanogpt_prepare.py"), str(text)]}
+        for tokenizer in ("tiktoken", "gigatoken"):
+            script = str(ROOT / "data" / "openwebtext" / "prepare.py")
+            options = [f"--input={text}", f"--num-proc={args.num_proc}", f"--tokenizer={tokenizer}"]
+            commands[f"ours, {tokenizer}"] = [script, *options, "--out"]
+        peaks_bytes = {arm: run(command, measure_memory=True)[1] for arm, command in commands.items()}
+        times_s: dict[str, list[float]] = {arm: [] for arm in commands}
+        hashes: dict[str, str] = {}
+        for _ in range(args.rounds):
+            for arm, command in commands.items():
+                seconds, _, hashes[arm] = run(command)
+                times_s[arm].append(seconds)
+    rows: list[Result] = [
+        {
+            "arm": arm,
+            "median s": round(statistics.median(times), 3),
+            "fastest s": round(min(times), 3),
+            "times as fast": round(
+                statistics.median(theirs / ours for theirs, ours in zip(times_s[NANOGPT], times, strict=True)), 2
+            ),
+            "peak MB": round(peaks_bytes[arm] / 1e6),
+            "SHA-256 of train.bin, val.bin": hashes[arm],
+        }
+        for arm, times in times_s.items()
+    ]
+    if len(set(hashes.values())) > 1:
+        print_table(rows)
+        raise SystemExit("error: the outputs differ")
+    return rows
+
+
+def run(command: list[str], *, measure_memory: bool = False) -> tuple[float, int, str]:
+    """Seconds, peak bytes (0: not measured) and the hashes of what `command` writes to the folder that is added."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        environment = os.environ | {"HF_HOME": folder, "HF_DATASETS_CACHE": f"{folder}/datasets", "HF_HUB_OFFLINE": "1"}
+        with open(Path(folder) / "log", "w+") as log:
+            start_s = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, *command, str(out)], stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+            peak_bytes = peak_of_session(process) if measure_memory else 0
+            code = process.wait()
+            seconds = time.perf_counter() - start_s
+            if code:
+                log.seek(0)
+                raise SystemExit(f"error: {' '.join(command)} ended with {code}:\n{log.read()[-2000:]}")
+        digests = [hashlib.sha256((out / f"{split}.bin").read_bytes()).hexdigest() for split in ("train", "val")]
+        return seconds, peak_bytes, " ".join(digests)
+
+
+def peak_of_session(process: subprocess.Popen[bytes]) -> int:
+    """The most memory that the processes of a session have together until its first one ends."""
+    peak_bytes = 0
+    while process.poll() is None:
+        peak_bytes = max(peak_bytes, sum(map(pss_bytes, pids_of_session(process.pid))))
+        time.sleep(0.01)
+    return peak_bytes
+
+
+def pids_of_session(session: int) -> Iterator[int]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:  # ended meanwhile
+            continue
+        if int(fields[3]) == session:
+            yield int(folder.name)
+
+
+def pss_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def build_corpus(path: Path, n_bytes: int) -> Path:
+    """A .jsonl file of n_bytes of text, no document of it twice.
+
+    Raises:
+        SystemExit: this machine has less.
+    """
+    seen: set[bytes] = set()
+    left = n_bytes
+    with open(path, "w") as file:
+        for text in _texts():
+            digest = hashlib.sha256(text.encode("utf-8")).digest()
+            if digest not in seen:
+                seen.add(digest)
+                file.write(json.dumps({"text": text}) + "\n")
+                left -= len(text.encode("utf-8"))
+            if left <= 0:
+                return path
+    raise SystemExit(f"error: found only {(n_bytes - left) / 1e6:.0f} MB of text: give some with --input")
+
+
+def _texts() -> Iterator[str]:
+    from data.sotu.prepare import read_addresses
+
+    for texts in read_addresses().values():
+        yield from texts
+    for place in ("purelib", "stdlib"):
+        for path in sorted(Path(sysconfig.get_path(place)).rglob("*")):
+            if path.suffix in (".py", ".md", ".rst", ".txt") and path.is_file():
+                data = path.read_bytes()
+                if DOCUMENT_BYTES[0] <= len(data) <= DOCUMENT_BYTES[1]:
+                    try:
+                        yield data.decode("utf-8")
+                    except UnicodeDecodeError:
+                        continue

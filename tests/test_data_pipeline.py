@@ -1,0 +1,428 @@
+"""A corpus in files to a data folder, as `python data/openwebtext/prepare.py --input` does it."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import cast
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data import documents, pipeline, placement, tokenise
+from data.documents import Source, find_files, plan_units, read_unit
+from data.encoders import Encoder, Tiktoken, best_encoder, build_encoder
+from data.meta import file_sha256, read_meta
+from data.placement import lay_out
+from data.spool import part_paths, read_part
+from data.tokenise import Job
+from data.tokenizer import gpt2_encoding
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "data" / "openwebtext" / "prepare.py"
+WORDS = ["the", "<|endoftext|>", "Décentralisé", "한국", "\n\n", "1,024", "👩‍👧", "gossip", "don't", "\u0c5c's"]
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 on fork beside threads
+
+
+def texts(n: int, *, longest: int = 40) -> list[str]:
+    random = np.random.default_rng(2357)
+    return [" ".join(random.choice(WORDS, size)) for size in random.integers(0, longest, n)]
+
+
+def jsonl(path: Path, rows: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+def nanogpt(rows: list[str]) -> dict[str, bytes]:
+    """What nanoGPT's data/openwebtext/prepare.py stores, as a plain loop over datasets' own split."""
+    encoding = gpt2_encoding()
+    splits = datasets.Dataset.from_dict({"text": rows}).train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    splits["val"] = splits.pop("test")
+    return {
+        str(split): b"".join(
+            np.array([*encoding.encode_ordinary(text), encoding.eot_token], dtype="<u2").tobytes()
+            for text in part["text"]
+        )
+        for split, part in splits.items()
+    }
+
+
+def prepared(out: Path) -> dict[str, bytes]:
+    return {split: (out / f"{split}.bin").read_bytes() for split in ("train", "val")}
+
+
+def prepare(path: Path, out: Path, *, num_proc: int = 1, limit: int | None = None, skip_bad: bool = False) -> None:
+    job = Job(Source("test", find_files([str(path)])), build_encoder(best_encoder()), limit, skip_bad)
+    pipeline.prepare(job, out, num_proc=num_proc)
+
+
+def run(*args: object, returncode: int = 0, cwd: Path | str = "/") -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == returncode, done.stderr
+    return done
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units and parts of which a small corpus has many, and no corpus that is too small for processes."""
+    monkeypatch.setattr(documents, "UNIT_BYTES", 10_000)
+    monkeypatch.setattr(tokenise, "_PART_TOKENS", 700)
+    monkeypatch.setattr(tokenise, "_SMALL_BYTES", 1)
+    monkeypatch.setattr(placement, "_SMALL_BYTES", 1)
+    monkeypatch.setattr(placement, "_SYNC_BYTES", 20_000)
+
+
+@pytest.mark.parametrize("n", [2, 3, 1999, 2000, 2001, 12_345])
+def test_split_and_order_are_those_of_datasets(n: int) -> None:
+    splits = datasets.Dataset.from_dict({"i": list(range(n))}).train_test_split(
+        test_size=0.0005, seed=2357, shuffle=True
+    )
+    layout = lay_out(np.ones(n, np.uint32))  # documents of one token: the start is the rank
+    order = np.argsort(layout.starts).tolist()
+    assert order[: layout.n_val] == list(splits["test"]["i"])
+    assert order[layout.n_val :] == list(splits["train"]["i"])
+
+
+@pytest.mark.parametrize("num_proc", [1, 3])
+@pytest.mark.usefixtures("small_units")
+def test_files_are_byte_for_byte_nanogpts(tmp_path: Path, num_proc: int) -> None:
+    rows = texts(2500)
+    prepare(jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out", num_proc=num_proc)
+    assert prepared(tmp_path / "out") == nanogpt(rows)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.usefixtures("small_units")
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
+    rows = texts(300)
+    expected = nanogpt(rows)
+    paths = [tmp_path / f"a{suffix}" for suffix in (".jsonl", ".jsonl.gz", ".parquet")]
+    jsonl(paths[0], rows)
+    paths[1].write_bytes(gzip.compress(paths[0].read_bytes()))
+    pq.write_table(pa.table({"text": rows}), paths[2], row_group_size=70)
+    (tmp_path / "texts").mkdir()
+    for i, row in enumerate(rows):
+        (tmp_path / "texts" / f"{i:03}.txt").write_bytes(row.encode())
+    for path in [*paths, tmp_path / "texts" / "*.txt"]:
+        prepare(path, tmp_path / "out" / path.name, num_proc=2)
+        assert prepared(tmp_path / "out" / path.name) == expected
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 30, 31, 100, 10**6])
+def test_a_line_is_read_once_wherever_units_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int
+) -> None:
+    monkeypatch.setattr(documents, "UNIT_BYTES", unit_bytes)
+    rows = texts(20, longest=6)
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    path.write_text("\n \n" + path.read_text().rstrip("\n"))  # blank lines are none, and the last needs no line break
+    source = Source("test", (path,))
+    assert [text for unit in plan_units(source) for text in read_unit(unit, "text")] == rows
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.usefixtures("small_units")
+def test_a_limit_takes_the_first_documents_and_splits_those(tmp_path: Path, num_proc: int) -> None:
+    rows = texts(1500)
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    for limit in (2, 777, 5000):
+        prepare(path, tmp_path / str(limit), num_proc=num_proc, limit=limit)
+        assert prepared(tmp_path / str(limit)) == nanogpt(rows[:limit])
+
+
+def test_meta_json_tells_counts_hashes_and_source(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", texts(50))
+    done = run("--input", "*.jsonl", "--out", "mine", "--num-proc", 2, cwd=tmp_path)
+    meta = read_meta(tmp_path / "mine")
+    assert meta is not None
+    assert (meta.source, meta.tokenizer, meta.vocab_size) == ("*.jsonl", "gpt2", 50257)
+    for split, n_documents in [("train", 49), ("val", 1)]:
+        described = getattr(meta, split)
+        file = tmp_path / "mine" / f"{split}.bin"
+        assert described.documents == n_documents
+        assert described.tokens * 2 == file.stat().st_size
+        assert described.sha256 == file_sha256(file)
+        assert described.sha256 in done.stdout
+    before = file.stat().st_ino
+    assert "there already" in run("--input", "*.jsonl", "--out", "mine", cwd=tmp_path).stdout
+    assert file.stat().st_ino == before
+
+
+def test_a_changed_source_is_prepared_anew(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", texts(20))
+    run("--input", path, "--out", tmp_path / "out")
+    jsonl(path, texts(30))
+    run("--input", path, "--out", tmp_path / "out")
+    assert prepared(tmp_path / "out") == nanogpt(texts(30))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing but the operating system cleans up."""
+
+
+class Wrapped:
+    """An encoder that notes what it encodes, and errs in one document or is killed there."""
+
+    def __init__(self, *, errs_at: int | None = None, killed_at: int | None = None) -> None:
+        self.encoder = build_encoder("tiktoken")
+        self.encoder.reference = Tiktoken()
+        self.texts: list[str] = []
+        self.errs_at = errs_at
+        self.killed_at = killed_at
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.encoder, name)
+
+    def __call__(self, text: str) -> object:
+        if len(self.texts) == self.killed_at:
+            raise Killed
+        self.texts.append(text)
+        return self.encoder(text) + (len(self.texts) == self.errs_at)
+
+
+@pytest.mark.usefixtures("small_units")
+def test_pass_1_goes_on_after_its_finished_parts(tmp_path: Path) -> None:
+    rows = texts(1000)
+    source = Source("test", (jsonl(tmp_path / "a.jsonl", rows),))
+    out = tmp_path / "out"
+    first, second = Wrapped(killed_at=600), Wrapped()
+    with pytest.raises(Killed):
+        pipeline.prepare(Job(source, cast(Encoder, first)), out, num_proc=1)
+    parts = [part for part in map(read_part, part_paths(out / ".prepare")) if part]
+    n_finished = sum(part.n_documents for part in parts)
+    assert 500 < n_finished < 600
+    assert not all(part.last for part in parts)  # also in the middle of a unit
+    pipeline.prepare(Job(source, cast(Encoder, second)), out, num_proc=1)
+    assert second.texts == rows[n_finished:]
+    assert prepared(out) == nanogpt(rows)
+
+
+@pytest.mark.usefixtures("small_units")
+def test_a_damaged_part_is_done_again(tmp_path: Path) -> None:
+    rows = texts(1000)
+    source = Source("test", (jsonl(tmp_path / "a.jsonl", rows),))
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        pipeline.prepare(Job(source, cast(Encoder, Wrapped(killed_at=900))), out, num_proc=1)
+    whole, cut, *_ = part_paths(out / ".prepare")
+    data = bytearray(whole.read_bytes())
+    data[-1] ^= 1  # as after a power failure: the size is right
+    whole.write_bytes(data)
+    os.truncate(cut, 1000)
+    pipeline.prepare(Job(source, cast(Encoder, Wrapped())), out, num_proc=1)
+    assert prepared(out) == nanogpt(rows)
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("n_placed", [0, 1, 7])
+def test_pass_2_goes_on_with_the_parts_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_placed: int
+) -> None:
+    rows = texts(1000)
+    path, out = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out"
+    place_part = placement._place_part
+    placed: list[int] = []
+
+    def place_some(*args: object) -> object:
+        number = cast(int, args[-1])
+        if len(placed) == n_placed:
+            raise Killed
+        placed.append(number)
+        return place_part(*args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(placement, "_SYNC_BYTES", 1)  # each part is deleted when it is placed
+    with monkeypatch.context() as patch:
+        patch.setattr(placement, "_place_part", place_some)
+        with pytest.raises(Killed):
+            prepare(path, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "tokenise", None)  # pass 1 is not done again
+        prepare(path, out)
+    assert prepared(out) == nanogpt(rows)
+
+
+@pytest.mark.parametrize("n_moved", [0, 1, 2, 3])
+def test_files_that_are_whole_only_need_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_moved: int
+) -> None:
+    rows = texts(50)
+    path, out = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out"
+    replace = Path.replace
+    moved: list[Path] = []
+
+    def replace_some(self: Path, target: Path) -> Path:
+        if target.parent == out:
+            if len(moved) == n_moved:
+                raise Killed
+            moved.append(target)
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_some)
+        if n_moved < 3:
+            with pytest.raises(Killed):
+                prepare(path, out)
+            patch.setattr(Path, "replace", replace)
+            patch.setattr(pipeline, "_fill_", None)
+        prepare(path, out)
+    assert prepared(out) == nanogpt(rows)
+    assert sorted(file.name for file in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_leaves_no_process_and_the_next_one_ends_it(tmp_path: Path, how: signal.Signals) -> None:
+    rows = texts(1000, longest=200) * 25  # 20 MB: three units
+    path, out = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out"
+    command = [sys.executable, str(SCRIPT), "--input", str(path), "--out", str(out), "--num-proc", "2"]
+    process = subprocess.Popen([*command, "--tokenizer", "tiktoken"], stderr=subprocess.PIPE, start_new_session=True)
+    while not list(out.glob(".prepare/*.part")) and process.poll() is None:
+        time.sleep(0.01)
+    children = _session(process.pid) - {process.pid}
+    assert children
+    os.kill(process.pid, how)
+    _, error = process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while _session(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _session(process.pid)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert b"Traceback" not in error
+    assert not list(out.glob("*"))[1:]  # nothing but the spool
+    assert list(out.glob(".prepare/*.part"))
+    run(*command[2:], "--tokenizer", "tiktoken")
+    assert file_sha256(out / "train.bin") == _sha256_of(rows, tmp_path)
+
+
+def _sha256_of(rows: list[str], folder: Path) -> str:
+    prepare(jsonl(folder / "again.jsonl", rows), folder / "again")
+    return file_sha256(folder / "again" / "train.bin")
+
+
+def _session(session: int) -> set[int]:
+    """The processes of a session that run."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, own = stat.read_text().rsplit(")", 1)[1].split()[:4]
+        except OSError:
+            continue
+        if int(own) == session and state != "Z":
+            found.add(int(stat.parent.name))
+    return found
+
+
+def _bad_jsonl(folder: Path) -> Path:
+    path = jsonl(folder / "b.jsonl", texts(9))
+    lines = path.read_text().splitlines()
+    lines[4] = lines[4][:-3]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def _no_text(folder: Path) -> Path:
+    path = folder / "b.parquet"
+    pq.write_table(pa.table({"body": ["a", "b"], "url": ["c", "d"]}), path)
+    return path
+
+
+def _broken_parquet(folder: Path) -> Path:
+    path = folder / "b.parquet"
+    pq.write_table(pa.table({"text": texts(500)}), path)
+    os.truncate(path, 2000)
+    return path
+
+
+def _cut_gz(folder: Path) -> Path:
+    path = folder / "b.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-10])
+    return path
+
+
+def _one_document(folder: Path) -> Path:
+    (folder / "b.txt").write_text("alone")
+    return folder / "b.txt"
+
+
+def _latin_1(folder: Path) -> Path:
+    (folder / "b.txt").write_bytes(b"caf\xe9")
+    return folder / "b.txt"
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda folder: folder / "*.jsonl", "*.jsonl: matches no file"),
+        (_bad_jsonl, "b.jsonl, line 5: is no JSON"),
+        (_no_text, 'b.parquet: has no column "text"; it has "body", "url"'),
+        (_broken_parquet, "b.parquet: is a broken parquet file"),
+        (_cut_gz, "b.jsonl.gz, near line 9"),
+        (_one_document, "holds 1 document, but train and val need one each; cut the text"),
+        (_latin_1, "b.txt: is not UTF-8 (byte 3)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", "").strip("_<>") or None,
+)
+def test_bad_input_is_one_line_and_leaves_older_files_alone(tmp_path: Path, make: object, expected: str) -> None:
+    assert callable(make)
+    pattern = make(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train.bin").write_bytes(b"old")
+    for folder in (out, tmp_path / "new" / "folder"):
+        done = run("--input", pattern, "--out", folder, returncode=2)
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert expected in done.stderr
+    assert [path.name for path in out.iterdir()] == ["train.bin"]
+    assert (out / "train.bin").read_bytes() == b"old"
+    assert not (tmp_path / "new").exists()
+
+
+def test_skip_bad_counts_and_leaves_out(tmp_path: Path) -> None:
+    path = _bad_jsonl(tmp_path)
+    path.write_text(path.read_text() + '\n{"text": null}\n[]\n{"body": "x"}\n')
+    done = run("--input", path, "--out", tmp_path / "out", "--skip-bad")
+    assert "4 documents could not be read" in done.stdout
+    rows = texts(9)
+    assert prepared(tmp_path / "out") == nanogpt(rows[:4] + rows[5:])
+    meta = read_meta(tmp_path / "out")
+    assert meta is not None
+    assert meta.documents_left_out == 4
+
+
+def test_ids_that_are_not_the_references_stop_the_run_before_there_are_files(tmp_path: Path) -> None:
+    source = Source("test", (jsonl(tmp_path / "a.jsonl", texts(50)),))
+    job = Job(source, cast(Encoder, Wrapped(errs_at=30)))
+    with pytest.raises(ValueError, match="gives other ids than tiktoken for the document that begins"):
+        pipeline.prepare(job, tmp_path / "out", num_proc=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this container may not mount")
+    try:
+        rows = texts(10_000)
+        path = jsonl(tmp_path / "a.jsonl", rows)
+        done = run("--input", path, "--out", disk / "out", "--num-proc", 2, returncode=2)
+        assert "No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(disk.glob("out/*.bin"))
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        run("--input", path, "--out", disk / "out", "--num-proc", 2)
+        assert prepared(disk / "out") == nanogpt(rows)
+    finally:
+        subprocess.run(["umount", disk], check=True)
