@@ -250,6 +250,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down
     os.chdir(ROOT)
     folder = Path(tempfile.mkdtemp(prefix="test-slurm-"))
+    failed: list[str] = []
     try:
         with SlurmLab(n_nodes=5) as lab:
             checks = Checks(lab, folder)
@@ -257,10 +258,14 @@ def main() -> int:
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if not failed:
+            shutil.rmtree(folder)
     if failed:
         print(f"{len(failed)} of {len(chosen)} failed: {', '.join(failed)}; the logs are in {folder}")
         return 1
-    shutil.rmtree(folder)
     print(f"All {len(chosen)} passed")
     return 0
 

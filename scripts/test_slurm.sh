@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tries the two sbatch scripts, unchanged, on a real SLURM which it brings up on this machine and takes down again:
-# five nodes with pretended GPUs, on which a tiny GPT-2 trains on CPUs. Takes about ten minutes on two cores. Needs
+# five nodes with pretended GPUs, on which a tiny GPT-2 trains on CPUs. Takes a quarter of an hour on two cores. Needs
 # root, the Debian packages slurm-wlm, munge and iproute2, and a machine without GPUs.
 #   bash scripts/test_slurm.sh
 #   bash scripts/test_slurm.sh time_limit crash     # only these; --help names all
