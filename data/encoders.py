@@ -114,16 +114,22 @@ class Gigatoken:
         # Without special tokens: the end-of-text marker in a document is ordinary text, as to encode_ordinary.
         self.backend = BPETokenizer.from_tiktoken(ranks_file(), "gpt2", {})
         self.new_letter = re.compile("[" + "".join(f"{first}-{last}" for first, last in new_letters()) + "]")
-        # The same two bytes begin 4,096 characters in a row: each range has those of its ends, and no others.
-        self.beginnings = sorted({end.encode("utf-8")[:2] for pair in new_letters() for end in pair})
+        # Their first two bytes, for a search that is fast where they are rare: each pattern starts with a fixed byte.
+        # The same two begin 4,096 characters in a row, so each range has those of its ends, and no others.
+        beginnings = {end.encode("utf-8")[:2] for pair in new_letters() for end in pair}
+        self.beginnings = [
+            re.compile(
+                b"\\x%02x[%s]" % (first, b"".join(b"\\x%02x" % pair[1] for pair in beginnings if pair[0] == first))
+            )
+            for first in sorted({pair[0] for pair in beginnings})
+        ]
 
     def __call__(self, text: str) -> Ids:
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError:
             return self.tiktoken(text)
-        # The first two bytes of a new letter are rare, and found a hundred times as fast as the letter is.
-        if not text.isascii() and any(map(data.__contains__, self.beginnings)) and self.new_letter.search(text):
+        if not text.isascii() and any(two.search(data) for two in self.beginnings) and self.new_letter.search(text):
             return self.tiktoken(text)
         return self.backend.encode(data)
 

@@ -24,7 +24,6 @@ from scripts.bench_timing import Result, print_table
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT = "nanoGPT"
-DOCUMENT_BYTES = (200, 2_000_000)  # of a file that is taken into the corpus
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources and documentation of Python's packages on this machine",
     )
     parser.add_argument("--megabytes", type=float, default=60.0, help="of text, when it is built")
+    parser.add_argument(
+        "--document-bytes",
+        type=int,
+        default=5000,
+        help="of text, about, when it is built: longer texts are cut between lines (default: %(default)s, a web page)",
+    )
     parser.add_argument("--num-proc", type=int, default=2, help="of our arms; nanoGPT's has 2")
     parser.set_defaults(command=bench_prepare, rounds=3)
 
@@ -42,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def bench_prepare(args: argparse.Namespace) -> list[Result]:
     """Seconds, ratio to nanoGPT's, peak memory and hashes of the outputs. Exits with 1 where the outputs differ."""
     with tempfile.TemporaryDirectory() as folder:
-        text = args.input or build_corpus(Path(folder) / "text.jsonl", round(args.megabytes * 1e6))
+        text = args.input or build_corpus(
+            Path(folder) / "text.jsonl", n_bytes=round(args.megabytes * 1e6), document_bytes=args.document_bytes
+        )
         print(f"{text}: {text.stat().st_size / 1e6:.1f} MB")
         commands = {NANOGPT: [str(ROOT / "scripts" / "nanogpt_prepare.py"), str(text)]}
         for tokenizer in ("tiktoken", "gigatoken"):
@@ -122,7 +129,7 @@ def pss_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def build_corpus(path: Path, n_bytes: int) -> Path:
+def build_corpus(path: Path, *, n_bytes: int, document_bytes: int) -> Path:
     """A .jsonl file of n_bytes of text, no document of it twice.
 
     Raises:
@@ -131,7 +138,7 @@ def build_corpus(path: Path, n_bytes: int) -> Path:
     seen: set[bytes] = set()
     left = n_bytes
     with open(path, "w") as file:
-        for text in _texts():
+        for text in (part for whole in _texts() for part in _cut(whole, document_bytes)):
             digest = hashlib.sha256(text.encode("utf-8")).digest()
             if digest not in seen:
                 seen.add(digest)
@@ -150,9 +157,16 @@ def _texts() -> Iterator[str]:
     for place in ("purelib", "stdlib"):
         for path in sorted(Path(sysconfig.get_path(place)).rglob("*")):
             if path.suffix in (".py", ".md", ".rst", ".txt") and path.is_file():
-                data = path.read_bytes()
-                if DOCUMENT_BYTES[0] <= len(data) <= DOCUMENT_BYTES[1]:
-                    try:
-                        yield data.decode("utf-8")
-                    except UnicodeDecodeError:
-                        continue
+                try:
+                    yield path.read_text("utf-8")
+                except UnicodeDecodeError:
+                    continue
+
+
+def _cut(text: str, n: int) -> Iterator[str]:
+    """Parts of about n characters, cut between lines."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + n) + 1 or len(text)
+        yield text[start:end]
+        start = end

@@ -1,5 +1,6 @@
 """scripts/bench.py, run as a user does, on tiny models: what it prints and writes, not how fast it is."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -87,3 +88,25 @@ def test_help_does_not_wait_for_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "optimizer|wrapper|checkpoint|exchange|loader|prepare" in done.stdout
+
+
+def test_prepare_compares_three_ways_to_the_same_bytes(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Document {i}: <|endoftext|> don't"}) + "\n" for i in range(50)))
+    done = run_bench("prepare", "--input", text, "--rounds", 1, "--json", tmp_path / "results.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [row["arm"] for row in rows] == ["nanoGPT", "ours, tiktoken", "ours, gigatoken"]
+    assert len({row["SHA-256 of train.bin, val.bin"] for row in rows}) == 1
+    assert all(row["peak MB"] > 10 for row in rows)
+
+
+def test_prepare_fails_where_the_bytes_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from scripts import bench_prepare
+
+    text = tmp_path / "text.jsonl"
+    text.touch()
+    outputs = iter(["a b", "a b", "a b", "a b", "a b", "a c"])  # of the measurement of memory, then of time
+    monkeypatch.setattr(bench_prepare, "run", lambda *args, **options: (1.0, 1, next(outputs)))
+    with pytest.raises(SystemExit, match="the outputs differ"):
+        bench_prepare.bench_prepare(argparse.Namespace(input=text, num_proc=2, rounds=1))
