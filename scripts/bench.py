@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     results = args.command(args)
     print_table(results)
     if args.json:
-        args.json.write_text(json.dumps({"arguments": describe(args), "results": results}, indent=2, default=str) + "\n")
+        answer = {"arguments": describe(args), "results": results}
+        args.json.write_text(json.dumps(answer, indent=2, default=str) + "\n")
     return 0
 
 
