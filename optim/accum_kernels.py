@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Of one call of the kernel, which alone takes 15 to 30 us, whatever the sizes: one row a call was 5% slower (measured).
 ROWS_PER_CALL = 8
-KERNEL_MIN_NUMEL = 2  # torch.compile makes a kernel of its own for a size of 0 or 1
+KERNEL_MIN_NUMEL = 4096  # smaller tensors are updated by foreach operations: they are not worth the compiler's start
 # Of the parameters in one batch of foreach operations; they allocate twice as much. On the CPU the five tensors and
 # the two temporaries must fit the cache: 2^18 to 2^20 are 10x faster than no limit. On a GPU launches cost more.
 BATCH_BYTES = {"cpu": 2**19}

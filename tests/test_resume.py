@@ -58,13 +58,20 @@ def in_place(launcher: Launcher, place: Path, *overrides: str, **options: Any) -
     return Run(run.codes, run.errors, place)
 
 
-# Stops every worker at the end of a given step, as a kill between two steps would.
+# Stops every worker at the end of a given step, as a kill between two steps would, when the last save is written.
 KILL_AFTER = """
 if True:
-    import decent.world
+    import decent.checkpoint, decent.world
     agreed = decent.world.StopRequest.agreed
+    save = decent.checkpoint.Checkpoints.save
+    savers = []
+    def noting(self, step):
+        savers.append(self)
+        save(self, step)
+    decent.checkpoint.Checkpoints.save = noting
     def dying(self, steps=iter(range(1, 10**9))):
         if next(steps) == {n}:
+            all(saver.wait() for saver in savers[-1:])
             os._exit(137)
         return agreed(self)
     decent.world.StopRequest.agreed = dying
