@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     results = args.command(args)
     print_table(results)
     if args.json:
-        args.json.write_text(json.dumps({"arguments": describe(args), "results": results}, indent=2, default=str) + "\n")
+        args.json.write_text(
+            json.dumps({"arguments": describe(args), "results": results}, indent=2, default=str) + "\n"
+        )
     return 0
 
 
