@@ -7,9 +7,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data.meta import check_meta, file_sha256, read_meta
+from data.openwebtext import prepare as openwebtext
 from data.sotu import prepare as sotu
 from data.token_file import is_complete, open_tokens
 from data.tokenizer import gpt2_encoding
@@ -89,6 +92,25 @@ def test_openwebtext_without_a_network_ends_soon_in_one_line_with_alternatives(t
         for alternative in ("--input", "copy train.bin and val.bin", "HF_ENDPOINT", "HF_HOME", "data/sotu/prepare.py"):
             assert alternative in run.stderr
         assert not out.exists()
+
+
+def test_openwebtext_comes_from_the_cache_of_the_hub_in_the_order_of_its_files(tmp_path: Path) -> None:
+    repository = "datasets--" + openwebtext.DATASET.replace("/", "--")
+    folder = tmp_path / "hub" / repository / "snapshots" / openwebtext.REVISION / openwebtext.CONFIG
+    folder.mkdir(parents=True)
+    for i in range(80):
+        pq.write_table(pa.table({"text": [f"file {i}"]}), folder / f"train-{i:05}-of-00080.parquet")
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    out = tmp_path / "out"
+    _script("openwebtext", "--out", str(out), "--num-proc", "2", env=environment)
+    parts = [gpt2_encoding().decode(open_tokens(out / f"{split}.bin", 1).tolist()) for split in ("val", "train")]
+    order = np.random.default_rng(2357).permutation(80)
+    assert "".join(parts) == "".join(f"file {i}<|endoftext|>" for i in order)
+
+    (folder / "train-00007-of-00080.parquet").unlink()
+    run = _script("openwebtext", "--out", str(tmp_path / "new"), env=environment, returncode=2)
+    assert "has 79 of 80 parquet files" in run.stderr
+    assert "--input" in run.stderr
 
 
 def _imported(run: subprocess.CompletedProcess[str]) -> set[str]:
