@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from config import Config
 from decent import World
+from decent.world import first_line
 from model import GPT
 
 LOG_FORMAT = "[{time:HH:mm:ss} {level: >5}] {message}"
@@ -195,7 +196,7 @@ def training_goes_on(name: str) -> Generator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # the latter from torch.save
-        logger.error(f"{name} not written, training goes on: {(str(error).splitlines() or [''])[0]}")
+        logger.error(f"{name} not written, training goes on: {first_line(error)}")
 
 
 def introduce(world: World, cfg: Config, gpt: GPT) -> None:
@@ -246,7 +247,7 @@ def log_in_to_wandb() -> None:
             return
         reason = "nobody is logged in"
     except wandb.Error as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     raise ValueError(
         f"log.wandb_log = true, but Weights & Biases cannot be used ({reason}): "
         "run `wandb login`, set WANDB_MODE=offline, or set log.wandb_log = false"

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.progress import Progress
-from data.spool import is_intact, read_part, read_tokens
+from data.spool import intact_tokens, read_part
 from data.token_file import TOKEN
 from data.workers import run_in_processes
 
@@ -121,7 +121,8 @@ def _place_part(
 ) -> Iterator[tuple[int, int]]:
     """The number of the part and its bytes."""
     part = read_part(spool / plan.parts[number])
-    if part is None or not is_intact(part):
+    tokens = intact_tokens(part) if part else None
+    if part is None or tokens is None:
         raise ValueError(f"{spool}: its file {plan.parts[number]} is damaged; remove the folder and start again")
     first = sum(plan.part_documents[:number])
     lengths = plan.lengths[first : first + part.n_documents]  # the limit may cut the last part
@@ -129,7 +130,7 @@ def _place_part(
     starts = layout.starts[first : first + len(lengths)]
     in_train = starts >= layout.n_val_tokens
     targets = (starts - in_train * layout.n_val_tokens) * TOKEN.itemsize
-    data = read_tokens(part).data.cast("B")
+    data = tokens.data.cast("B")
     begin = 0
     for end, target, split in zip(ends.tolist(), targets.tolist(), in_train.tolist(), strict=True):
         _write(fds[split], data[begin:end], target)

@@ -73,15 +73,14 @@ def read_lengths(part: Part) -> npt.NDArray[np.uint32]:
     return np.fromfile(part.path, _LENGTH, part.n_documents, offset=_N_HEADER * _HEADER.itemsize)
 
 
-def read_tokens(part: Part) -> Tokens:
-    """The tokens of all its documents, shape (n_tokens,)."""
+def intact_tokens(part: Part) -> Tokens | None:
+    """The tokens of all its documents, shape (n_tokens,).
+
+    None: the bytes are not those that were written; a power failure can leave a name without them.
+    """
     offset = _N_HEADER * _HEADER.itemsize + part.n_documents * _LENGTH.itemsize
-    return np.fromfile(part.path, TOKEN, part.n_tokens, offset=offset)
-
-
-def is_intact(part: Part) -> bool:
-    """Whether the bytes are those that were written: a power failure can leave a name without them."""
-    return _checksum(read_lengths(part), read_tokens(part)) == part.checksum
+    tokens = np.fromfile(part.path, TOKEN, part.n_tokens, offset=offset)
+    return tokens if _checksum(read_lengths(part), tokens) == part.checksum else None
 
 
 def _checksum(lengths: npt.NDArray[np.uint32], tokens: Tokens) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from data.documents import Bad, Source, Unit, plan_units, read_unit
 from data.encoders import Encoder, Ids
 from data.progress import Progress
-from data.spool import Part, is_intact, part_path, read_part, write_part
+from data.spool import Part, intact_tokens, part_path, read_part, write_part
 from data.token_file import TOKEN, Tokens
 from data.workers import run_in_processes
 
@@ -83,7 +83,7 @@ def _tokenise_unit(spool: Path, job: Job, units: list[Unit], number: int) -> Ite
 
 def _usable(path: Path, job: Job) -> Part | None:
     part = read_part(path)
-    return part if part and (job.skip_bad or not part.n_bad) and is_intact(part) else None
+    return part if part and (job.skip_bad or not part.n_bad) and intact_tokens(part) is not None else None
 
 
 class _Batch:

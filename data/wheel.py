@@ -4,12 +4,13 @@ A package index is what a machine that runs this repository can reach in any cas
 rest of the internet is closed to it.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from data.meta import file_sha256
 
 CACHE = Path(__file__).parent / ".cache"
 
@@ -23,13 +24,13 @@ def fetch_wheel(requirement: str, sha256: str, *, timeout_s: float = 50) -> Path
         ValueError: pip could not get it, or what it got is another file.
     """
     for wheel in CACHE.glob(requirement.replace("-", "_").replace("==", "-") + "-*.whl"):
-        if _sha256(wheel) == sha256:
+        if file_sha256(wheel) == sha256:
             return wheel
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         _pip_download(requirement, folder, timeout_s)
         (wheel,) = Path(folder).glob("*.whl")
-        if (found := _sha256(wheel)) != sha256:
+        if (found := file_sha256(wheel)) != sha256:
             raise ValueError(f"{wheel.name}: the package index gave SHA-256 {found}, expected {sha256}")
         return wheel.replace(CACHE / wheel.name)
 
@@ -49,7 +50,3 @@ def _pip_download(requirement: str, folder: str, timeout_s: float) -> None:
         f"pip could not download {requirement} ({reason}); get its wheel where there is a network "
         f"(pip download --no-deps {requirement}) and copy it into {os.fspath(CACHE)}"
     )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -34,7 +34,7 @@ from decent.checkpoint_files import (
     write_worker,
 )
 from decent.decent_dp import DecentDP
-from decent.world import World
+from decent.world import World, first_line
 
 if TYPE_CHECKING:
     from config import Config
@@ -108,7 +108,7 @@ class Checkpoints:
                     shutil.rmtree(hidden, ignore_errors=True)
             return not errors
         except RuntimeError as error:  # a worker is gone, which the training loop will find as well
-            logger.error(f"checkpoint of step {step} not saved: {str(error).strip().splitlines()[0]}")
+            logger.error(f"checkpoint of step {step} not saved: {first_line(error)}")
             return False
 
     def _gather(self, value: T) -> list[T]:
@@ -215,7 +215,7 @@ def _try(function: Callable[[], T]) -> T | str:
     try:
         return function()
     except (OSError, RuntimeError, ValueError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
 
 
 def _random_state(device: torch.device) -> State:

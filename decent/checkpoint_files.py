@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decent.world import first_line
+
 State = dict[str, Any]  # what torch.load(weights_only=True) can read: tensors, numbers, strings, lists, dicts
 
 FORMAT = 1  # of the files; another number is refused
@@ -79,7 +81,7 @@ def read_worker(saved: Saved, rank: int) -> State:
             raise DamagedCheckpoint(f"{path}: its SHA-256 is not that of what was written")
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise DamagedCheckpoint(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise DamagedCheckpoint(f"{path}: cannot be read: {first_line(error)}") from None
 
 
 def read_mean(saved: Saved) -> State:

@@ -20,7 +20,7 @@ from torch.profiler import record_function
 
 from decent.exchange import Exchange
 from decent.topology import build_topology
-from decent.world import PeerError, World
+from decent.world import PeerError, World, first_line
 
 ALIGNMENT_BYTES = 128  # of each parameter in the flat buffer, as kernels with vector loads want it
 
@@ -156,7 +156,7 @@ class DecentDP(nn.Module):
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             ranks = ", ".join(str(rank) for rank in peers if rank != dist.get_rank())
             raise PeerError(f"step {self.step}: waited in vain for rank {ranks}: {reason}") from error
 

@@ -26,6 +26,11 @@ class PeerError(RuntimeError):
     """Another worker did not do its part: it died, or it did not answer in time; the message is one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line: backends add traces and advice."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @dataclass(frozen=True)
 class World:
     rank: int
@@ -151,12 +156,11 @@ class StopRequest:
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
     ROLL_CALL = timedelta(seconds=10)
 
-    def __init__(self, timeout_s: float | None = None) -> None:
+    def __init__(self, timeout_s: float) -> None:
         self._received = False
         self._under_way: deque[tuple[Tensor, dist.Work]] = deque()
         # A group of its own, on CPUs also where the others are on GPUs: reading the answer must not wait for a GPU.
-        timeout = timedelta(seconds=timeout_s) if timeout_s else None
-        self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._roll_call: Any = dist.new_group(backend="gloo")  # a time-out closes the connections of its group
         for number in self.SIGNALS:
             signal.signal(number, self._receive)
@@ -187,13 +191,13 @@ class StopRequest:
         except PeerError:  # says it already
             raise
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             if not isinstance(error, dist.DistError) and "gloo" not in reason:
                 raise
             try:
                 dist.monitored_barrier(self._roll_call, timeout=self.ROLL_CALL, wait_all_ranks=True)
             except RuntimeError as missing:
-                reason = f"{str(missing).strip().splitlines()[0]}; {reason}"
+                reason = f"{first_line(missing)}; {reason}"
             raise PeerError(f"a collective failed: {reason}") from error
         finally:  # there is nothing left to stop: a second signal must not kill a worker that is on its way out
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scripts.bench_timing import Arms, Result, alternate, compare, repeat
+from scripts.bench_timing import Arms, Result, alternate, compare, pss_bytes, repeat
 
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
@@ -130,20 +130,14 @@ def _hold_corpus(rank: int, folder: Path, barrier: "Barrier", answers: "SimpleQu
         return MemoryFile(*json.loads(place.read_text()))
 
     np.arange(2**20).max()  # what numpy and Python keep after first use is not the corpus
-    before_bytes = share_of_memory_bytes()
+    before_bytes = pss_bytes("self")
     barrier.wait()
     dataset = TokenDataset(folder, CONTEXT_LENGTH, 42, True, vocab_size=VOCAB_SIZE, local_rank=rank, share=share)
     for tokens in dataset.tokens.values():
         tokens.max()
     barrier.wait()
-    answers.put(share_of_memory_bytes() - before_bytes)
+    answers.put(pss_bytes("self") - before_bytes)
     barrier.wait()
-
-
-def share_of_memory_bytes() -> int:
-    """Pss of this process."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
 
 
 def waiting(folder: Path, args: argparse.Namespace) -> Result:

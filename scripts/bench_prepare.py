@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.bench_timing import Result, print_table
+from data.meta import file_sha256
+from scripts.bench_timing import Result, print_table, pss_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT = "nanoGPT"
@@ -98,7 +99,7 @@ def run(command: list[str], *, measure_memory: bool = False) -> tuple[float, int
             if code:
                 log.seek(0)
                 raise SystemExit(f"error: {' '.join(command)} ended with {code}:\n{log.read()[-2000:]}")
-        digests = [hashlib.sha256((out / f"{split}.bin").read_bytes()).hexdigest() for split in ("train", "val")]
+        digests = [file_sha256(out / f"{split}.bin") for split in ("train", "val")]
         return seconds, peak_bytes, " ".join(digests)
 
 
@@ -119,14 +120,6 @@ def pids_of_session(session: int) -> Iterator[int]:
             continue
         if int(fields[3]) == session:
             yield int(folder.name)
-
-
-def pss_bytes(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 def build_corpus(path: Path, *, n_bytes: int, document_bytes: int) -> Path:

@@ -104,3 +104,12 @@ def peak_temporary_bytes(block: Callable[[], object]) -> int:
         held_bytes += change_bytes
         peak_bytes = max(peak_bytes, held_bytes)
     return peak_bytes
+
+
+def pss_bytes(pid: int | str) -> int:
+    """Proportional set size of a process, or of "self": of a page that n share each has 1/n. 0: it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))

@@ -1,14 +1,16 @@
 """A corpus in files to a data folder, as `python data/openwebtext/prepare.py --input` does it."""
 
 import gzip
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -170,6 +172,20 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing but the operating system cleans up."""
 
 
+def killed_after(
+    n: int, function: Callable[..., Any], counts: Callable[..., bool] = lambda *_: True
+) -> Callable[..., Any]:
+    """The function, of whose calls that count the first n are carried out."""
+    numbers = itertools.count()
+
+    def call(*args: Any) -> Any:
+        if counts(*args) and next(numbers) == n:
+            raise Killed
+        return function(*args)
+
+    return call
+
+
 class Wrapped:
     """An encoder that notes what it encodes, and errs in one document or is killed there."""
 
@@ -230,16 +246,7 @@ def test_pass_2_goes_on_with_the_parts_that_are_left(
 ) -> None:
     rows = texts(1000)
     path, out = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out"
-    place_part = placement._place_part
-    placed: list[int] = []
-
-    def place_some(*args: object) -> object:
-        number = cast(int, args[-1])
-        if len(placed) == n_placed:
-            raise Killed
-        placed.append(number)
-        return place_part(*args)  # pyright: ignore[reportArgumentType]
-
+    place_some = killed_after(n_placed, placement._place_part)
     monkeypatch.setattr(placement, "_SYNC_BYTES", 1)  # each part is deleted when it is placed
     with monkeypatch.context() as patch:
         patch.setattr(placement, "_place_part", place_some)
@@ -258,15 +265,7 @@ def test_files_that_are_whole_only_need_their_names(
     rows = texts(50)
     path, out = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out"
     replace = Path.replace
-    moved: list[Path] = []
-
-    def replace_some(self: Path, target: Path) -> Path:
-        if target.parent == out:
-            if len(moved) == n_moved:
-                raise Killed
-            moved.append(target)
-        return replace(self, target)
-
+    replace_some = killed_after(n_moved, replace, counts=lambda _, target: target.parent == out)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace_some)
         if n_moved < 3:

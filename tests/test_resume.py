@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import Launcher, Run, launcher
+from test_train import Launcher, Run, launcher, timeless, without_times
 
 __all__ = ["launcher"]  # a fixture
 
@@ -45,11 +45,6 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
             assert_equal(x, y, f"{where}.{i}")
     else:
         assert a == b, where
-
-
-def timeless(run: Run) -> list[dict[str, Any]]:
-    times = {"train_time_s", "ms_per_step", "data_wait_ms", "total_train_time_s", "tokens_per_s"}
-    return [{key: value for key, value in metrics.items() if key not in times} for metrics in run.metrics]
 
 
 def in_place(launcher: Launcher, place: Path, *overrides: str, **options: Any) -> Run:
@@ -445,7 +440,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run(launcher: Launcher, 
         assert run.codes == [1], run.errors  # trained to the end, but the last state is not saved
         assert any("checkpoint of step 8 not saved, training goes on: rank 0: " in line for line in run.log)
         assert [path.name for path in (run.dir / "checkpoint").iterdir()] == ["step-000000004"]
-        assert timeless(run) == timeless(whole)
+        assert without_times(run) == without_times(whole)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
     shutil.rmtree(disk)
