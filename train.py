@@ -70,7 +70,7 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
     with world.failing_together():
         if isinstance(cfg, ValueError):
             raise cfg
-        world.require_a_device()
+        world.check()
         cfg.train.micro_batches(world.world_size)
         if cfg.train.backend == "decentdp":
             build_topology(cfg.train.topology, world.world_size, world.local_world_size)

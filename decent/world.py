@@ -41,6 +41,8 @@ class World:
     n_gpus: int = 0  # of this node
     job_id: str | None = None  # SLURM's; it survives a requeue
     restart_count: int = 0  # how often SLURM or torchrun has started this run again
+    max_restarts: int = 0  # of torchrun
+    store_stays: bool = False  # torchrun's store is the same after a restart
 
     @classmethod
     def from_env(cls) -> "World":
@@ -59,17 +61,24 @@ class World:
             n_gpus=n_gpus,
             job_id=env.get("SLURM_JOB_ID"),
             restart_count=int(env.get("SLURM_RESTART_COUNT", "0")) + int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            max_restarts=int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")),
+            store_stays=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
 
-    def require_a_device(self) -> None:
+    def check(self) -> None:
         """
         Raises:
-            ValueError: there are GPUs, but not one for each worker of this node.
+            ValueError: there are GPUs, but not one for each worker of this node; or a restart could only hang.
         """
         if 0 < self.n_gpus < self.local_world_size:
             raise ValueError(
                 f"{self.local_world_size} workers on a node with {self.n_gpus} GPUs: "
                 f"start it with --nproc_per_node={self.n_gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
+            )
+        if self.max_restarts and self.store_stays and self.local_world_size < self.world_size:
+            raise ValueError(
+                f"--max-restarts={self.max_restarts} on more than one node needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+                "in the environment of torchrun"
             )
 
     @contextmanager
@@ -95,9 +104,10 @@ class World:
             dist.destroy_process_group()
 
     def _rendezvous(self) -> dist.Store:
-        """torchrun's store. In a restart it still holds the addresses of the workers that died: hence the prefix."""
+        """torchrun's store. One that stays still holds the addresses of the workers that died: hence the prefix."""
         store, _, _ = next(rendezvous("env://", self.rank, self.world_size))
-        return dist.PrefixStore(f"restart_{self.restart_count}", store)
+        # Only where it is needed, for the torchruns of several nodes count their restarts each for itself.
+        return dist.PrefixStore(f"restart_{self.restart_count}", store) if self.store_stays else store
 
     def gather(self, value: T, error: str | None = None) -> list[T]:
         """Every worker's value, by rank. A collective.

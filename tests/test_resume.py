@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -290,14 +291,16 @@ def test_a_checkpoint_of_another_model_is_refused(launcher: Launcher, tmp_path: 
 # --- Signals and kills ---
 
 
-def start(launcher: Launcher, place: Path, *overrides: str, n: int, restarts: int = 0) -> "subprocess.Popen[str]":
-    """Under torchrun, in the background."""
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", f"--max-restarts={restarts}"]
+def start(
+    launcher: Launcher, place: Path, *overrides: str, n: int, options: tuple[str, ...] = ("--standalone",), **env: str
+) -> "subprocess.Popen[str]":
+    """Under torchrun, in the background, with n workers on this node."""
+    command = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", *options]
     with open(place / "err", "a") as err:
         return subprocess.Popen(
             [sys.executable, *command, *launcher.arguments(None, (f"log_dir={place}/log", *overrides))],
             cwd=place,
-            env=launcher.environment(place, None),
+            env=launcher.environment(place, None) | env,
             stdin=subprocess.DEVNULL,
             stdout=err,
             stderr=err,
@@ -346,7 +349,8 @@ def test_a_signal_to_one_worker_stops_all_after_the_same_step(
 @pytest.mark.dist
 def test_torchrun_restarts_from_the_newest_checkpoint_in_the_same_directory(launcher: Launcher, tmp_path: Path) -> None:
     overrides = [o for o in LONG if "run_name" not in o and "n_steps" not in o]
-    process = start(launcher, tmp_path, *overrides, "train.n_steps=400", n=2, restarts=1)
+    options = ("--standalone", "--max-restarts=1")
+    process = start(launcher, tmp_path, *overrides, "train.n_steps=400", n=2, options=options)
     wait_for(lambda: len(steps_saved(tmp_path)) == 2)
     os.kill(workers_of(tmp_path)[0], signal.SIGKILL)
     assert process.wait(60) == 0, (tmp_path / "err").read_text()
@@ -354,6 +358,40 @@ def test_torchrun_restarts_from_the_newest_checkpoint_in_the_same_directory(laun
     log = (run_dir / "train.log").read_text()
     assert "Restart number 1 of this run" in log
     assert "Resumed from" in log
+
+
+def two_nodes(launcher: Launcher, place: Path, *overrides: str, **env: str) -> "list[subprocess.Popen[str]]":
+    """Two torchruns with a worker each, which may be restarted once."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    rendezvous = ("--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=test", "--local-addr=localhost")
+    options = ("--nnodes=2", *rendezvous, "--max-restarts=1")
+    return [start(launcher, place, *overrides, n=1, options=options, **env) for _ in range(2)]
+
+
+@pytest.mark.fault
+@pytest.mark.dist
+def test_the_torchruns_of_two_nodes_restart_together(launcher: Launcher, tmp_path: Path) -> None:
+    overrides = (*LONG, "train.n_steps=400")
+    nodes = two_nodes(launcher, tmp_path, *overrides, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    wait_for(lambda: len(steps_saved(tmp_path)) == 2)
+    os.kill(workers_of(tmp_path)[0], signal.SIGKILL)
+    assert [node.wait(90) for node in nodes] == [0, 0], (tmp_path / "err").read_text()
+    log = (tmp_path / "log/run/train.log").read_text()
+    assert "Resumed from" in log
+    assert steps_saved(tmp_path)[-1] == 400
+
+
+@pytest.mark.dist
+def test_restarts_on_two_nodes_that_could_only_hang_are_refused(launcher: Launcher, tmp_path: Path) -> None:
+    nodes = two_nodes(launcher, tmp_path, *LONG)
+    assert all(node.wait(60) for node in nodes)
+    assert (
+        "--max-restarts=1 on more than one node needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        in (tmp_path / "err").read_text()
+    )
+    assert not (tmp_path / "log").exists()
 
 
 @pytest.mark.fault
