@@ -125,11 +125,13 @@ class Gigatoken:
         ]
 
     def __call__(self, text: str) -> Ids:
+        if text.isascii():
+            return self.backend.encode(text)  # without a copy
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError:
             return self.tiktoken(text)
-        if not text.isascii() and any(two.search(data) for two in self.beginnings) and self.new_letter.search(text):
+        if any(two.search(data) for two in self.beginnings) and self.new_letter.search(text):
             return self.tiktoken(text)
         return self.backend.encode(data)
 

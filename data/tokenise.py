@@ -75,8 +75,10 @@ def _tokenise_unit(spool: Path, job: Job, units: list[Unit], number: int) -> Ite
         n_read += part.n_documents + part.n_bad
     documents = islice(read_unit(units[number], job.source.text_key), n_read, None)
     limit = None if job.limit is None else job.limit - n_documents
-    for n, batch in enumerate(_batches(_encode(documents, job), limit), n_parts):
-        tokens = np.concatenate(batch.arrays) if batch.arrays else np.empty(0, TOKEN)
+    end_of_text = np.array([job.encoder.end_of_text], TOKEN)
+    for n, batch in enumerate(_batches(_encode(documents, job), end_of_text, limit), n_parts):
+        # Cast here, all at once: an encoder's ids are wider.
+        tokens = np.concatenate([np.empty(0, TOKEN), *batch.arrays], dtype=TOKEN, casting="unsafe")
         lengths = np.array(batch.lengths, dtype=np.uint32)
         yield write_part(part_path(spool, number, n), lengths, tokens, n_bad=batch.n_bad, last=batch.last)
 
@@ -90,40 +92,40 @@ class _Batch:
     """The documents of a part."""
 
     def __init__(self) -> None:
-        self.arrays: list[Tokens] = []
-        self.lengths: list[int] = []  # tokens of each array
+        self.arrays: list[Ids] = []  # of each document its ids, then the end of text
+        self.lengths: list[int] = []  # tokens of each document
         self.n_tokens = 0
         self.n_bad = 0
         self.last = False
 
 
-def _batches(documents: Iterator[Tokens | None], limit: int | None) -> Iterator[_Batch]:
+def _batches(documents: Iterator[Ids | None], end_of_text: Tokens, limit: int | None) -> Iterator[_Batch]:
     """Cuts documents (None: left out) where a batch has _PART_TOKENS, and ends after `limit` of them."""
     batch = _Batch()
     n_documents = 0
     while limit is None or n_documents < limit:
-        tokens = next(documents, _END)
-        if tokens is _END:
+        ids = next(documents, _NO_MORE)
+        if ids is _NO_MORE:
             break
         if batch.n_tokens >= _PART_TOKENS:
             yield batch
             batch = _Batch()
-        if tokens is None:
+        if ids is None:
             batch.n_bad += 1
             continue
-        batch.arrays.append(tokens)
-        batch.lengths.append(len(tokens))
-        batch.n_tokens += len(tokens)
+        batch.arrays += (ids, end_of_text)
+        batch.lengths.append(len(ids) + 1)
+        batch.n_tokens += len(ids) + 1
         n_documents += 1
     batch.last = True
     yield batch
 
 
-_END = np.empty(0, TOKEN)  # no document: each has an end of text
+_NO_MORE = np.empty(0, TOKEN)  # an object of its own, no document
 
 
-def _encode(documents: Iterator[str | Bad], job: Job) -> Iterator[Tokens | None]:
-    """The tokens of each document with its end of text; None for one that is left out."""
+def _encode(documents: Iterator[str | Bad], job: Job) -> Iterator[Ids | None]:
+    """The ids of each document, without an end of text; None for one that is left out."""
     unchecked = float(_CHECKED_CHARACTERS)
     for document in documents:
         if isinstance(document, Bad):
@@ -136,10 +138,7 @@ def _encode(documents: Iterator[str | Bad], job: Job) -> Iterator[Tokens | None]
         if len(document) <= unchecked:
             unchecked -= len(document)
             _compare(ids, document, job)
-        tokens = np.empty(len(ids) + 1, TOKEN)
-        tokens[:-1] = ids
-        tokens[-1] = job.encoder.end_of_text
-        yield tokens
+        yield ids
 
 
 def _compare(ids: Ids, text: str, job: Job) -> None:

@@ -1,6 +1,7 @@
 """GPT-2's byte-pair encoding as a tiktoken encoding, from local files where tiktoken itself would download."""
 
 import base64
+import binascii
 import functools
 import hashlib
 import os
@@ -42,7 +43,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
         ValueError: the merges cannot be had: ranks_file.
     """
     lines = ranks_file().read_bytes().splitlines()
-    ranks = {base64.b64decode(line[: line.index(b" ")]): rank for rank, line in enumerate(lines)}
+    ranks = {binascii.a2b_base64(line[: line.index(b" ")]): rank for rank, line in enumerate(lines)}
     return tiktoken.Encoding("gpt2", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
 
 
