@@ -4,6 +4,7 @@ Shapes: B sequences of the global batch, T = context_length tokens. A window is 
 targets y its last T. Windows travel to the device as the uint16 of the file, a quarter of int64, and are widened there.
 """
 
+import functools
 import mmap
 import os
 import weakref
@@ -24,7 +25,8 @@ from data.token_file import TOKEN, Tokens, open_tokens
 
 Split = Literal["train", "val"]
 Batch = tuple[Tensor, Tensor]  # x, y
-Share = Callable[[MemoryFile | None], MemoryFile | None]
+Load = Callable[[], MemoryFile]
+Share = Callable[[Load | None], MemoryFile]
 
 _SCAN_TOKENS = 2**27  # 256 MB: what is read of a file before training starts, to find ids that the model lacks
 _AHEAD = 2  # batches made before they are asked for
@@ -40,8 +42,8 @@ class TokenDataset:
     """Draws windows uniformly, with replacement, from data_dir/train.bin and data_dir/val.bin.
 
     in_memory: hold both files in memory, once per node, instead of mapping them from disk. `share` makes it once per
-    node: a collective of the node's workers that returns what the worker with local_rank 0 passed to it. The
-    constructor calls it twice, after all checks. None: this worker has no others beside it.
+    node: a collective of the node's workers that calls what the worker with local_rank 0 passes to it and returns the
+    result to all. The constructor calls it twice, after all checks. None: this worker has no others beside it.
 
     Raises:
         ValueError: open_tokens rejects a file, or the memory is too small for them.
@@ -158,13 +160,10 @@ class TokenDataset:
         """The file in the node's memory; its descriptor stays open, for the other workers, as long as this object."""
         if not hasattr(os, "memfd_create"):
             return _map(path)  # not on Linux: the page cache has to do
-        memory = None
+        load = functools.partial(copy_to_memory, path)
+        memory = share(load if local_rank == 0 else None) if share is not None else load()
         if local_rank == 0:
-            memory = copy_to_memory(path)
             weakref.finalize(self, os.close, memory.fd)
-        if share is not None:
-            memory = share(memory)
-        assert memory is not None
         return map_memory(memory)
 
 

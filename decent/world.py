@@ -3,12 +3,14 @@
 import os
 import signal
 import socket
+import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -139,9 +141,21 @@ class World:
         else:
             self.gather(None)
 
-    def share_on_node(self, value: T) -> T:
-        """The value that local rank 0 of this node passed. A collective of all workers."""
-        return self.gather(value)[self.rank - self.local_rank]
+    def share_on_node(self, make: Callable[[], T] | None) -> T:
+        """What `make` returns on local rank 0 of this node; the others pass None. A collective of all workers.
+
+        It may take longer than workers wait for each other: meanwhile they ask whether it is done.
+        """
+        thread = ThreadPoolExecutor(max_workers=1)
+        try:
+            made = thread.submit(make) if make is not None else None
+            pause_s = 0.001
+            while not all(self.gather(made is None or made.done())):
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 0.5)
+            return self.gather(cast(T, made.result() if made else None))[self.rank - self.local_rank]
+        finally:
+            thread.shutdown(wait=False)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the workers, elementwise. A collective."""

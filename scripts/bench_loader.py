@@ -117,15 +117,15 @@ def shared_memory(folder: Path, n_workers: int) -> Result:
 
 def _hold_corpus(rank: int, folder: Path, barrier: "Barrier", answers: "SimpleQueue[int]") -> None:
     """Answers by how much this process's share of memory grew; each page counts 1/n with its n processes."""
-    from data.loader import TokenDataset
+    from data.loader import Load, TokenDataset
     from data.node_memory import MemoryFile
 
     calls = itertools.count()
 
-    def share(value: MemoryFile | None) -> MemoryFile:
+    def share(load: Load | None) -> MemoryFile:
         place = folder / f"place-{next(calls)}.json"
-        if value is not None:
-            place.write_text(json.dumps(value))
+        if load is not None:
+            place.write_text(json.dumps(load()))
         barrier.wait()
         return MemoryFile(*json.loads(place.read_text()))
 

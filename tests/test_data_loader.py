@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import TokenDataset, prefetch
-from data.loader import Split, TokenError, _draw, widen
+from data.loader import Load, Split, TokenError, _draw, widen
 from data.node_memory import MemoryFile
 from data.token_file import write_tokens
 
@@ -227,7 +227,7 @@ def test_a_missing_or_short_file_of_either_split_is_found_when_opening(
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=linux)])
 def test_in_memory_gives_the_batches_of_the_files(data_dir: Path, shared: bool) -> None:
     mapped = TokenDataset(data_dir, 16, 42)
-    in_memory = TokenDataset(data_dir, 16, 42, in_memory=True, share=_same if shared else None)
+    in_memory = TokenDataset(data_dir, 16, 42, in_memory=True, share=_alone if shared else None)
     assert not any(tokens.flags.writeable for tokens in in_memory.tokens.values())
     for split in ("train", "val"):
         for a, b in zip(*(d.batch(split, 7, slice(0, 9), 9) for d in (mapped, in_memory)), strict=True):
@@ -238,10 +238,10 @@ def test_in_memory_gives_the_batches_of_the_files(data_dir: Path, shared: bool) 
 def test_two_processes_hold_one_memory_which_outlives_its_maker(data_dir: Path) -> None:
     places: list[MemoryFile] = []
 
-    def share(value: MemoryFile | None) -> MemoryFile | None:
-        assert value is not None
-        places.append(value)
-        return value
+    def share(load: Load | None) -> MemoryFile:
+        assert load is not None
+        places.append(load())
+        return places[-1]
 
     maker = TokenDataset(data_dir, 16, 42, in_memory=True, local_rank=0, share=share)
     context = multiprocessing.get_context("spawn")
@@ -275,7 +275,7 @@ def test_a_memory_that_cannot_be_opened_is_an_error_that_says_what_to_do(data_di
 @linux
 def test_dropped_datasets_leave_no_descriptor_open(data_dir: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    for in_memory, share in [(False, None), (True, None), (True, _same)]:
+    for in_memory, share in [(False, None), (True, None), (True, _alone)]:
         TokenDataset(data_dir, 16, 42, in_memory, share=share).batch("train", 0, slice(0, 1), 1)
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -341,8 +341,9 @@ def test_prefetch_delivers_on_the_gpu(data_dir: Path) -> None:
         assert torch.equal(y.cpu(), dataset.batch("train", step, slice(0, 4), 4)[1])
 
 
-def _same(value: MemoryFile | None) -> MemoryFile | None:
-    return value
+def _alone(load: Load | None) -> MemoryFile:
+    assert load is not None
+    return load()
 
 
 def _other_worker(pipe: Connection, data_dir: Path, places: list[MemoryFile]) -> None:

@@ -5,10 +5,13 @@ import math
 import os
 import signal
 import time
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from workers import WorkerError, run_workers
 
@@ -456,7 +459,7 @@ def gather_with_an_error_on_rank_1() -> str:
         with world.failing_together():
             if world.rank == 1:
                 raise ValueError("no such thing")
-            world.share_on_node("something")
+            world.share_on_node(lambda: "something")
     except ValueError as error:
         return str(error)
     return "nothing was raised"
@@ -466,3 +469,41 @@ def test_the_mistake_of_one_worker_ends_all_with_its_message() -> None:
     for message in run_workers(3, gather_with_an_error_on_rank_1):
         assert message.startswith("rank 1 on ")
         assert message.endswith(": no such thing")
+
+
+def share_what_takes_longer_than_the_timeout(store: str) -> str:
+    world = World.from_env()
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, world.world_size),
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(seconds=1),
+    )
+    return world.share_on_node((lambda: time.sleep(3) or f"of {world.rank}") if world.local_rank == 0 else None)
+
+
+def test_a_node_waits_for_what_its_first_worker_makes_however_long_that_takes(tmp_path: Path) -> None:
+    results = run_workers(4, share_what_takes_longer_than_the_timeout, str(tmp_path / "store"), local_world_size=2)
+    assert results == ["of 0", "of 0", "of 2", "of 2"]
+
+
+def share_what_fails() -> str:
+    world = World.from_env()
+
+    def fail() -> str:
+        raise ValueError("does not fit")
+
+    try:
+        with world.failing_together():
+            world.share_on_node(fail if world.rank == 0 else None)
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_what_cannot_be_made_ends_all_workers_with_one_message() -> None:
+    for message in run_workers(2, share_what_fails):
+        assert message.startswith("rank 0 on ")
+        assert message.endswith(": does not fit")
