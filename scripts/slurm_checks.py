@@ -48,6 +48,7 @@ dropout = 0.1
 SHRUNK = ["--gpus-per-node=A100:2", "--cpus-per-task=2"]  # 16 workers take too long on a few cores
 WORKER = "python.* train.py"  # torchrun's command line matches as well
 PATIENCE_S = 300  # for what takes a minute on two idle cores
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")  # of jobs
 UNTIMED = ("step", "val_loss", "train_loss", "lr", "consensus_distance")  # keys of metrics.jsonl
 SUMMARY = re.compile(r"INFO\] (Restart number|Resumed|Asked|Saved checkpoint|Step)|ERROR|error:|CANCELLED|rank \d+:")
 
@@ -97,7 +98,7 @@ class Job:
         return self.show()["JobState"]
 
     def _ended(self) -> bool:
-        return self.show()["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
+        return self.show()["JobState"] in ENDS
 
     def metrics(self) -> list[dict[str, float]]:
         """What does not depend on the clock."""
@@ -185,6 +186,28 @@ class Checks:
         step, nodes = job.saved_and_resumed()[1][0], job.show()["NodeList"]
         return f"noticed after {noticed_s:.0f} s, went on from step {step} on {nodes}"
 
+    def check_drain(self) -> str:
+        """A node is drained and the job requeued, as for maintenance: it saves, and goes on with another node."""
+        job = Job(self._lab, self._folder, "d-16xA100.sh")
+        job.wait_for_log("Step 100,")
+        self._lab.slurm("scontrol", "update", "nodename=node3", "state=drain", "reason=maintenance")
+        self._lab.slurm("scontrol", "requeue", job.id)
+        self._require_end(job, "COMPLETED")
+        nodes = job.show()["NodeList"]
+        self._lab.slurm("scontrol", "update", "nodename=node3", "state=resume")
+        require("3" not in self._lab.slurm("scontrol", "show", "hostnames", nodes), f"went on on {nodes}")
+        return self._require_saved_and_gone_on(job) + f" on {nodes}"
+
+    def check_preemption(self) -> str:
+        """A more urgent job needs the nodes: this one saves, waits, and goes on after it."""
+        job = Job(self._lab, self._folder, "d-16xA100.sh")
+        job.wait_for_log("Step 100,")
+        urgent = ["--partition=urgent", "--account=project", f"--nodes={len(self._lab.nodes)}", "--exclusive"]
+        command = ["srun", "--ntasks-per-node=1", *urgent, "sleep", "5"]
+        self._lab.slurm(*command)
+        self._require_end(job, "COMPLETED")
+        return self._require_saved_and_gone_on(job)
+
     def check_kill(self) -> str:
         """kill -9 of one worker: the job fails soon, is not requeued, and no worker is left."""
         job = Job(self._lab, self._folder, "d-16xA100.sh")
@@ -222,6 +245,14 @@ class Checks:
     def _require_same_losses(self, job: Job) -> None:
         found, wanted = job.metrics(), self.undisturbed()
         require(found == wanted, f"{found}\nwithout an interruption:\n{wanted}")
+
+    def _require_saved_and_gone_on(self, job: Job) -> str:
+        """Once, at the step at which it was asked to stop."""
+        saved, resumed = job.saved_and_resumed()
+        require(len(saved) == 1 and resumed == saved, f"saved: {saved}, went on from: {resumed}\n{job.log()}")
+        require(job.show()["Restarts"] == "1", str(job.show()))
+        self._require_same_losses(job)
+        return f"saved after step {saved[0]} and went on from there"
 
     def _require_nothing_left(self) -> None:
         def left() -> list[str]:

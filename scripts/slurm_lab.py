@@ -56,7 +56,10 @@ SlurmdParameters=config_overrides
 JobRequeue=0
 ReturnToService=2
 SlurmdTimeout=60
-PartitionName=lab Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=lab Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 # JobRequeue=0: what requeues a job is in the job. ReturnToService=2: a node that crashed is used when it is back.
 
