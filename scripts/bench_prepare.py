@@ -2,7 +2,7 @@
 
 Each run is a fresh process with fresh caches of the data sets; the text itself is in the page cache for all. Memory is
 measured in a run of its own, as the sum over all its processes of the proportional set size, where what several share
-counts once.
+counts once. The last arm is a bound: the calls of tiktoken alone, with the documents in memory and no output.
 """
 
 import argparse
@@ -15,16 +15,21 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.documents import Source, plan_units, read_unit
+from data.encoders import build_encoder
 from data.meta import file_sha256
+from data.workers import run_in_processes
 from scripts.bench_timing import Result, print_table, pss_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT = "nanoGPT"
+BOUND = "tiktoken's calls"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +69,7 @@ def bench_prepare(args: argparse.Namespace) -> list[Result]:
             for arm, command in commands.items():
                 seconds, _, hashes[arm] = run(command)
                 times_s[arm].append(seconds)
+            times_s.setdefault(BOUND, []).append(calls_of_tiktoken(text, args.num_proc))
     rows: list[Result] = [
         {
             "arm": arm,
@@ -72,11 +78,11 @@ def bench_prepare(args: argparse.Namespace) -> list[Result]:
             "times as fast": round(
                 statistics.median(theirs / ours for theirs, ours in zip(times_s[NANOGPT], times, strict=True)), 2
             ),
-            "peak MB": round(peaks_bytes[arm] / 1e6),
-            "SHA-256 of train.bin, val.bin": hashes[arm],
         }
         for arm, times in times_s.items()
     ]
+    for row, arm in zip(rows, commands, strict=False):  # not the bound
+        row |= {"peak MB": round(peaks_bytes[arm] / 1e6), "SHA-256 of train.bin, val.bin": hashes[arm]}
     if len(set(hashes.values())) > 1:
         print_table(rows)
         raise SystemExit("error: the outputs differ")
@@ -101,6 +107,20 @@ def run(command: list[str], *, measure_memory: bool = False) -> tuple[float, int
                 raise SystemExit(f"error: {' '.join(command)} ended with {code}:\n{log.read()[-2000:]}")
         digests = [file_sha256(out / f"{split}.bin") for split in ("train", "val")]
         return seconds, peak_bytes, " ".join(digests)
+
+
+def calls_of_tiktoken(text: Path, num_proc: int) -> float:
+    """Seconds in which so many processes encode all documents of a file."""
+    units = plan_units(Source("", (text,)))
+    documents = [document for unit in units for document in read_unit(unit, "text") if isinstance(document, str)]
+    encode = build_encoder("tiktoken")
+
+    def encode_share(first: int) -> Iterator[int]:
+        yield sum(len(encode(document)) for document in documents[first::num_proc])
+
+    start_s = time.perf_counter()
+    deque(run_in_processes(encode_share, range(num_proc), num_proc), maxlen=0)
+    return time.perf_counter() - start_s
 
 
 def peak_of_session(process: subprocess.Popen[bytes]) -> int:
