@@ -23,7 +23,17 @@ from config import Config, load_config
 from data import TokenDataset, prefetch
 from data.loader import Split, TokenError
 from data.meta import check_meta, read_meta
-from decent import AllReduceDP, Checkpoints, DecentDP, PeerError, SetupError, StopRequest, World, build_topology
+from decent import (
+    AllReduceDP,
+    Checkpoints,
+    DecentDP,
+    PeerError,
+    SetupError,
+    StopRequest,
+    World,
+    build_topology,
+    find_start,
+)
 from model import GPT
 from optim import build_optimizer, lr_at
 from report import NonFiniteLoss, Report, log_in_to_wandb, log_to_file, log_to_terminal
@@ -93,6 +103,8 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
         )
     with world.failing_together():
         run_dir = Path(cfg.log_dir) / world.gather(name_of_run(world, cfg))[0]  # clocks differ: rank 0's
+        find_start(run_dir / "checkpoint", cfg)  # a mistake in it is a mistake in the input too
+    with world.failing_together():
         if world.rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.toml").write_text(cfg.to_toml())
@@ -117,7 +129,7 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> bo
     checkpoints = Checkpoints(
         run_dir / "checkpoint", world, model, {"optimizer": optimizer, "scaler": scaler, "report": report}, cfg
     )
-    first_step = checkpoints.restore(cfg.checkpoint)
+    first_step = checkpoints.restore()
     with (
         closing(local_batches(world, cfg, dataset, "train", first_step, cfg.train.n_steps)) as batches,
         closing(checkpoints),

@@ -1,7 +1,7 @@
 """Everything that knows there is more than one worker."""
 
 from decent.allreduce_dp import AllReduceDP
-from decent.checkpoint import Checkpoints
+from decent.checkpoint import Checkpoints, find_start
 from decent.decent_dp import DecentDP
 from decent.topology import Topology, build_topology
 from decent.world import PeerError, SetupError, StopRequest, World
@@ -16,4 +16,5 @@ __all__ = [
     "Topology",
     "World",
     "build_topology",
+    "find_start",
 ]

@@ -10,6 +10,7 @@ torch.distributed.checkpoint, whose metadata is a pickle, which can run code whe
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -18,9 +19,11 @@ import torch
 import torch.distributed as dist
 from loguru import logger
 from torch import Tensor
+from torch.optim import Optimizer
 
 from decent.allreduce_dp import AllReduceDP
 from decent.checkpoint_files import (
+    DamagedCheckpoint,
     Saved,
     State,
     complete,
@@ -61,9 +64,8 @@ class Checkpoints:
         parts: Mapping[str, Stateful],
         cfg: "Config",
     ) -> None:
-        self._folder, self._world, self._model, self._parts = folder, world, model, parts
-        self._about = {"backend": cfg.train.backend, "model": cfg.model.model_dump()}
-        self._keep = cfg.log.keep_checkpoints
+        self._folder, self._world, self._model, self._parts, self._cfg = folder, world, model, parts, cfg
+        self._about = describe(cfg)
         # For the thread that writes: its collectives must not get between those of the others.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=cfg.train.timeout_s))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -122,27 +124,27 @@ class Checkpoints:
             remove(path)
         hidden.rename(path)
         logger.info(f"Saved checkpoint {path.name}")
-        for old in complete(self._folder)[: -self._keep]:
+        for old in complete(self._folder)[: -self._cfg.log.keep_checkpoints]:
             remove(old)
 
     # --- restoring
 
-    def restore(self, start_from: str = "") -> int:
-        """Loads the newest checkpoint of the folder, else that of `start_from`, and returns the steps done; 0: none.
+    def restore(self) -> int:
+        """Loads the newest checkpoint that `find_start` gives and returns the steps done; 0: there is none.
 
-        start_from: a checkpoint, a folder of checkpoints, or a run directory; "" is none. Another world size starts
-        all workers from the mean of the saved ones, another backend takes that mean's parameters only, at step 0.
+        Another world size starts all workers from the mean of the saved ones, another optimizer without a state,
+        another backend with that mean's parameters only, at step 0. Learning rate, weight decay and the like are those
+        of this run's configuration.
 
         Raises:
-            SetupError: there are checkpoints but none that is undamaged, it is of another model, or there is nothing
-                at start_from.
+            SetupError: find_start's errors, or none of the checkpoints is undamaged.
         """
         with self._world.failing_together():
-            candidates = complete(self._folder) or (complete_in(Path(start_from)) if start_from else [])
+            candidates = find_start(self._folder, self._cfg)
             if not candidates:
                 return 0
             saved, state = self._newest_undamaged(candidates)
-            self._check_model(saved)
+            _check_model(saved, self._about)
         n_workers, n_now = len(saved.workers), self._world.world_size
         same_backend = saved.about["backend"] == self._about["backend"]
         self._model.module.load_state_dict(state["model"])
@@ -153,7 +155,12 @@ class Checkpoints:
             )
             return 0
         for name, part in self._parts.items():
-            part.load_state_dict(state["parts"][name])
+            if not isinstance(part, Optimizer):
+                part.load_state_dict(state["parts"][name])
+            elif saved.about["optimizer"] == self._about["optimizer"]:
+                part.load_state_dict({**state["parts"][name], "param_groups": part.state_dict()["param_groups"]})
+            else:
+                logger.info(f"{saved.path} is of {saved.about['optimizer']}: {self._about['optimizer']} starts anew")
         if n_workers == n_now:
             _set_random_state(state["random"], self._world.device)
         elif not self._model.replicated:
@@ -193,14 +200,35 @@ class Checkpoints:
         same = saved.about["backend"] == self._about["backend"] and len(saved.workers) == self._world.world_size
         return saved, read_worker(saved, mine) if same else read_mean(saved)
 
-    def _check_model(self, saved: Saved) -> None:
-        now, then = self._about["model"], saved.about["model"]
-        for key in now:
-            if now[key] != then.get(key):
-                raise ValueError(
-                    f"{saved.path} is of a model with {key} = {then.get(key)}, this one has {key} = {now[key]}; "
-                    "set the same, or choose another log.run_name to start anew"
-                )
+
+def find_start(folder: Path, cfg: "Config") -> list[Path]:
+    """The checkpoints from which a run whose own are in `folder` may go on, oldest first: its own, else those of
+    cfg.checkpoint, which is a checkpoint, a folder of them, or a run directory. None: it starts from scratch.
+
+    Raises:
+        ValueError: there is none at cfg.checkpoint, or the newest is of another model.
+    """
+    paths = complete(folder) or (complete_in(Path(cfg.checkpoint)) if cfg.checkpoint else [])
+    if paths:
+        with suppress(DamagedCheckpoint):  # who reads it will take the one before
+            _check_model(read_index(paths[-1]), describe(cfg))
+    return paths
+
+
+def describe(cfg: "Config") -> dict[str, Any]:
+    """What decides which states of a checkpoint a run can use."""
+    model = {**cfg.model.model_dump(exclude={"dropout"}), "context_length": cfg.train.context_length}
+    return {"backend": cfg.train.backend, "optimizer": cfg.train.optim.name, "model": model}
+
+
+def _check_model(saved: Saved, about: dict[str, Any]) -> None:
+    now, then = about["model"], saved.about["model"]
+    for key in now:
+        if now[key] != then.get(key):
+            raise ValueError(
+                f"{saved.path} is of a model with {key} = {then.get(key)}, this one has {key} = {now[key]}; "
+                "set the same, or choose another log.run_name to start anew"
+            )
 
 
 def _to_cpu_memory(t: Tensor) -> Tensor:

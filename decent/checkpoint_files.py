@@ -18,7 +18,7 @@ from decent.world import first_line
 
 State = dict[str, Any]  # what torch.load(weights_only=True) can read: tensors, numbers, strings, lists, dicts
 
-FORMAT = 1  # of the files; another number is refused
+FORMAT = 2  # of the files; another number is refused
 INDEX = "index.json"
 
 
@@ -62,6 +62,8 @@ def read_index(path: Path) -> Saved:
         index = json.loads((path / INDEX).read_text())
         if index["format"] != FORMAT:
             raise DamagedCheckpoint(f"{path / INDEX}: has format {index['format']}, this program reads {FORMAT}")
+        if index.pop("sha256") != _digest(index):
+            raise DamagedCheckpoint(f"{path / INDEX}: its SHA-256 is not that of what was written")
         return Saved(path, index["step"], index["about"], index["workers"])
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{path / INDEX}: cannot be read: {error}") from None
@@ -151,8 +153,12 @@ def _sha256(path: Path) -> str:
 
 
 def write_index(folder: Path, step: int, about: dict[str, Any], workers: list[dict[str, Any]]) -> None:
-    index = {"format": FORMAT, "step": step, "about": about, "workers": workers}
-    (folder / INDEX).write_text(json.dumps(index, indent=1))
+    index: dict[str, Any] = {"format": FORMAT, "step": step, "about": about, "workers": workers}
+    (folder / INDEX).write_text(json.dumps({**index, "sha256": _digest(index)}, indent=1))
+
+
+def _digest(index: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def remove(path: Path) -> None:

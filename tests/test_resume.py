@@ -1,7 +1,6 @@
 """Runs that are stopped, killed, or find their files damaged: what is left, and that they go on as if undisturbed."""
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -18,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from test_train import Launcher, Run, launcher, timeless, without_times
+
+from decent.checkpoint_files import read_index, write_index
 
 __all__ = ["launcher"]  # a fixture
 
@@ -216,8 +217,6 @@ def spoil(how: str, path: Path) -> None:
 def test_a_damaged_checkpoint_is_found_and_the_one_before_used(
     launcher: Launcher, tmp_path: Path, how: str, file: str
 ) -> None:
-    if (how, file) == ("flipped", "index.json"):
-        pytest.skip("a flipped letter of a name is no damage that JSON could show")
     whole = in_place(launcher, tmp_path, "log.checkpoint_interval=5", n=2)
     before = timeless(whole)
     spoil(how, whole.dir / "checkpoint" / "step-000000012" / file)
@@ -245,11 +244,9 @@ def test_no_code_of_a_checkpoint_is_run(launcher: Launcher, tmp_path: Path) -> N
     run = in_place(launcher, tmp_path)
     for path in (run.dir / "checkpoint").glob("*/worker-00000.pt"):
         torch.save({"model": Evil(tmp_path / "was here")}, path)
-        index = path.with_name("index.json")
-        facts = json.loads(index.read_text())
-        content = path.read_bytes()
-        facts["workers"] = [{"bytes": len(content), "sha256": sha256(content)}]  # as an attacker would
-        index.write_text(json.dumps(facts))
+        saved, content = read_index(path.parent), path.read_bytes()
+        facts = [{"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}]  # as an attacker would
+        write_index(path.parent, saved.step, saved.about, facts)
     again = in_place(launcher, tmp_path)
     assert again.codes == [2]
     assert not (tmp_path / "was here").exists()
@@ -261,10 +258,6 @@ class Evil:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return os.mkdir, (str(self.path),)
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -279,13 +272,42 @@ def test_a_checkpoint_that_is_not_there_is_refused(launcher: Launcher, overrides
     run = launcher.run(*overrides, n=2)
     assert run.codes == [2, 2]
     assert all(part in run.errors[0] for part in parts), run.errors[0]
+    assert not run.log_dir.exists()
 
 
-def test_a_checkpoint_of_another_model_is_refused(launcher: Launcher, tmp_path: Path) -> None:
-    in_place(launcher, tmp_path)
-    run = in_place(launcher, tmp_path, "model.n_embd=32")
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("model.n_embd=32", "is of a model with n_embd = 16, this one has n_embd = 32"),
+        ("train.context_length=8", "is of a model with context_length = 16, this one has context_length = 8"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_its_run_untouched(
+    launcher: Launcher, tmp_path: Path, override: str, part: str
+) -> None:
+    before = in_place(launcher, tmp_path)
+    config = (before.dir / "config.toml").read_text()
+    run = in_place(launcher, tmp_path, override)
     assert run.codes == [2]
-    assert "is of a model with n_embd = 16, this one has n_embd = 32" in run.errors[0]
+    assert part in run.errors[0]
+    assert (before.dir / "config.toml").read_text() == config
+
+
+def test_a_resumed_run_has_the_hyperparameters_of_its_own_configuration(launcher: Launcher, tmp_path: Path) -> None:
+    in_place(launcher, tmp_path)
+    run = in_place(launcher, tmp_path, "train.n_steps=14", "train.optim.weight_decay=0.3", "train.optim.accum_steps=7")
+    (state,) = final_states(run)
+    groups = state["parts"]["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["accum_steps"]) for group in groups] == [(0.3, 7), (0.0, 7)]
+
+
+def test_another_optimizer_starts_anew_at_the_same_step(launcher: Launcher, tmp_path: Path) -> None:
+    in_place(launcher, tmp_path)
+    run = in_place(launcher, tmp_path, "train.n_steps=14", "train.optim.name=adamw")
+    assert run.codes == [0], run.errors
+    assert any("is of accumadamw: adamw starts anew" in line for line in run.log)
+    (state,) = final_states(run)
+    assert all(s["step"].item() == 2 for s in state["parts"]["optimizer"]["state"].values())
 
 
 # --- Signals and kills ---
