@@ -78,7 +78,7 @@ class TrainConfig(Section):
     comm_dtype: Literal["float32", "bfloat16"] = "float32"  # decentdp: what travels between pairs and between nodes
     gossip_every: Count = 1  # decentdp: steps between two exchanges; each hides behind that many steps
     stop_on_nan: bool = True  # end the run when a loss is not finite; its checkpoints stay
-    timeout_s: Positive = 600.0  # how long a worker waits for another one before it gives up
+    timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 600.0  # how long a worker waits for another one at most
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     global_batch_size: Count = 480  # sequences per step, over all workers
     micro_batch_size: Count | None = None  # sequences per forward and backward; None: a worker's whole share

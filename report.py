@@ -1,5 +1,6 @@
 """What a run tells: progress bar, train.log, metrics.jsonl, Weights & Biases, best_model.pth."""
 
+import errno
 import json
 import math
 import os
@@ -60,10 +61,14 @@ class Report:
 
     def state_dict(self) -> dict[str, Any]:
         names = ("best_val_loss", "train_time_s", "evaluated_step", "evaluated_time_s", "data_wait_s", "wandb_id")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"run_name": self.run_dir.name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():
+        """Of the same run; or of one from whose checkpoint this one starts, with a best model of its own."""
+        state = dict(state_dict)
+        if state.pop("run_name") != self.run_dir.name:
+            state |= {"best_val_loss": math.inf, "wandb_id": None}
+        for name, value in state.items():
             setattr(self, name, value)
 
     @contextmanager
@@ -152,8 +157,8 @@ class Report:
         }
         if peak := peak_flops_per_s(self.world):
             metrics["mfu"] = tokens_per_s * self.gpt.flops_per_token() / peak
-        with training_goes_on("metrics.jsonl"), open(self.run_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        with training_goes_on("metrics.jsonl"):
+            append_line(self.run_dir / "metrics.jsonl", json.dumps(metrics))
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
         if losses["val"] < self.best_val_loss:
@@ -225,6 +230,16 @@ def peak_flops_per_s(world: World) -> float | None:
     """Of all workers together in bfloat16; None where it is not known."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
     return next((world.world_size * flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+
+
+def append_line(path: Path, line: str) -> None:
+    """The whole line or nothing of it, also on a full disk."""
+    with open(path, "ab", buffering=0) as file:
+        size_bytes = file.tell()
+        data = (line + "\n").encode()
+        if file.write(data) < len(data):
+            file.truncate(size_bytes)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def forget_metrics(path: Path, *, after_step: int) -> None:

@@ -125,7 +125,7 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> bo
     torch.manual_seed(cfg.train.seed + 1 + world.rank)  # from here on only dropout draws: not the same on all workers
 
     report = Report(world, cfg, run_dir, gpt)
-    stop = StopRequest(cfg.train.timeout_s)
+    stop = StopRequest(world.device, cfg.train.timeout_s)
     checkpoints = Checkpoints(
         run_dir / "checkpoint", world, model, {"optimizer": optimizer, "scaler": scaler, "report": report}, cfg
     )
@@ -150,8 +150,8 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> bo
             model.exchange()  # decentdp: start sending the new x
             scaler.update()
 
+            stopping, last = stop.agreed(step + 1), step + 1 == cfg.train.n_steps
             report.progress(step + 1, loss)
-            stopping, last = stop.agreed(), step + 1 == cfg.train.n_steps
             if (step + 1) % cfg.log.eval_interval == 0 or last:
                 with report.pause():
                     consensus_distance = model.consensus_distance()

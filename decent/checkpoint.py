@@ -33,6 +33,7 @@ from decent.checkpoint_files import (
     read_mean,
     read_worker,
     remove,
+    require_files,
     write_index,
     write_worker,
 )
@@ -119,12 +120,14 @@ class Checkpoints:
         return values
 
     def _complete(self, hidden: Path, path: Path, step: int, workers: list[dict[str, Any]]) -> None:
+        require_files(hidden, workers)
         write_index(hidden, step, self._about, workers)
-        if path.exists():  # damaged, or the run would have started from it
+        if path.exists():  # damaged, or the run would have gone on from it or a later one
             remove(path)
         hidden.rename(path)
         logger.info(f"Saved checkpoint {path.name}")
-        for old in complete(self._folder)[: -self._cfg.log.keep_checkpoints]:
+        until_now = [other for other in complete(self._folder) if other.name <= path.name]  # later ones are damaged
+        for old in until_now[: -self._cfg.log.keep_checkpoints]:
             remove(old)
 
     # --- restoring
@@ -140,7 +143,8 @@ class Checkpoints:
             SetupError: find_start's errors, or none of the checkpoints is undamaged.
         """
         with self._world.failing_together():
-            candidates = find_start(self._folder, self._cfg)
+            # Rank 0's: what other nodes see of a shared file system may be older.
+            candidates = self._world.gather(find_start(self._folder, self._cfg))[0]
             if not candidates:
                 return 0
             saved, state = self._newest_undamaged(candidates)
@@ -156,7 +160,8 @@ class Checkpoints:
             return 0
         for name, part in self._parts.items():
             if not isinstance(part, Optimizer):
-                part.load_state_dict(state["parts"][name])
+                if state["parts"][name]:  # nothing was saved of a gradient scaler that was switched off
+                    part.load_state_dict(state["parts"][name])
             elif saved.about["optimizer"] == self._about["optimizer"]:
                 part.load_state_dict({**state["parts"][name], "param_groups": part.state_dict()["param_groups"]})
             else:
@@ -206,12 +211,20 @@ def find_start(folder: Path, cfg: "Config") -> list[Path]:
     cfg.checkpoint, which is a checkpoint, a folder of them, or a run directory. None: it starts from scratch.
 
     Raises:
-        ValueError: there is none at cfg.checkpoint, or the newest is of another model.
+        ValueError: there is none at cfg.checkpoint, or the newest is of another model or, in `folder`, of another
+            backend, which would start at step 0 among checkpoints of later steps.
     """
-    paths = complete(folder) or (complete_in(Path(cfg.checkpoint)) if cfg.checkpoint else [])
+    own = complete(folder)
+    paths = own or (complete_in(Path(cfg.checkpoint)) if cfg.checkpoint else [])
     if paths:
         with suppress(DamagedCheckpoint):  # who reads it will take the one before
-            _check_model(read_index(paths[-1]), describe(cfg))
+            saved, about = read_index(paths[-1]), describe(cfg)
+            _check_model(saved, about)
+            if own and saved.about["backend"] != about["backend"]:
+                raise ValueError(
+                    f"{saved.path} is of backend {saved.about['backend']}, this run has {about['backend']}: choose "
+                    f'another log.run_name; with checkpoint = "{saved.path}" it starts from those weights'
+                )
     return paths
 
 

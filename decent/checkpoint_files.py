@@ -140,6 +140,17 @@ def write_worker(folder: Path, rank: int, state: State) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
+def require_files(folder: Path, workers: list[dict[str, Any]]) -> None:
+    """
+    Raises:
+        OSError: this worker does not see what the others have written.
+    """
+    for rank, worker in enumerate(workers):
+        path = folder / _worker_file(rank)
+        if not path.exists() or path.stat().st_size != worker["bytes"]:
+            raise OSError(f"{path} is not there as rank {rank} wrote it: log_dir must be a folder that all nodes share")
+
+
 def _worker_file(rank: int) -> str:
     return f"worker-{rank:05d}.pt"
 

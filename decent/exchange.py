@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from decent.topology import Topology
+from decent.world import group_timeout
 
 CHUNK_BYTES = {"gloo": 2**20, "nccl": 2**26}  # of what a pair sends at once, before rounding
 CHUNKS_UNDER_WAY = 8
@@ -106,7 +106,7 @@ class Exchange:
         self._sources = [b.clone() for b in buffers] if snapshot else buffers  # what is sent
         self._averages = [torch.empty_like(b) for b in buffers]  # after wait(): W x, or W s - s of snapshots s
         # gloo matches calls by their order, which a thread of its own cannot share with the rest of the program.
-        timeout = timedelta(seconds=timeout_s) if timeout_s else None
+        timeout = group_timeout(timeout_s, buffers[0].device)
         gloo = dist.get_backend() == "gloo"
         self._everyone: Any = dist.new_group(timeout=timeout) if gloo else dist.group.WORLD
         # All ranks create all groups in the same order, also those that they are not in.
@@ -130,7 +130,8 @@ class Exchange:
             return
         if self._sources is not self._buffers:
             for source, x in zip(self._sources, snapshots or self._buffers, strict=True):
-                source.copy_(x)
+                n = min(source.numel(), x.numel())  # the padding at the end depends on the workers of a node
+                source[:n].copy_(x[:n])
         self._background.run(lambda: self._average(route))
 
     @property

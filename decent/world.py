@@ -33,6 +33,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def group_timeout(timeout_s: float | None, device: torch.device) -> timedelta | None:
+    """How long members of a process group wait for each other; None is PyTorch's default.
+
+    NCCL ends the process then, so it waits longer than StopRequest, which says first who is missing.
+    """
+    return None if timeout_s is None else timedelta(seconds=timeout_s + (60 if device.type == "cuda" else 0))
+
+
 @dataclass(frozen=True)
 class World:
     rank: int
@@ -89,7 +97,7 @@ class World:
 
         timeout_s: how long its members wait for each other; None is PyTorch's default.
         """
-        timeout = timedelta(seconds=timeout_s) if timeout_s else None
+        timeout = group_timeout(timeout_s, self.device)
         # A world of one needs no rendezvous, and then neither ports nor host names can be in its way.
         store = dist.HashStore() if self.world_size == 1 else self._rendezvous()
         if self.device.type == "cuda":
@@ -172,16 +180,19 @@ class World:
 class StopRequest:
     """SIGTERM or SIGUSR1 to any worker, as all workers learn of it after the same step.
 
-    Every step starts an all-reduce of one number and looks at that of LAG steps before, so that nobody waits for a
-    worker which is not that far behind.
+    Every step starts an all-reduce of one number and looks at that of some steps before, so that nobody waits for a
+    worker which is not that far behind. On GPUs, of which the program is ahead, it looks at that of the same step: when
+    all workers are known to have queued a step, no wait for a GPU can be a wait for a worker that hangs.
     """
 
     LAG = 4  # steps
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
     ROLL_CALL = timedelta(seconds=10)
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, device: torch.device, timeout_s: float) -> None:
         self._received = False
+        self._lag = 0 if device.type == "cuda" else self.LAG
+        self._step = 0  # steps done
         self._under_way: deque[tuple[Tensor, dist.Work]] = deque()
         # A group of its own, on CPUs also where the others are on GPUs: reading the answer must not wait for a GPU.
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -192,13 +203,14 @@ class StopRequest:
     def _receive(self, *_: object) -> None:
         self._received = True
 
-    def agreed(self) -> bool:
-        """Whether to stop after this step. Called by all workers once in every step."""
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after this step, the `step`-th. Called by all workers once in every step."""
+        self._step = step
         flag = torch.tensor(float(self._received))
         work = dist.all_reduce(flag, group=self._group, async_op=True)
         assert work is not None
         self._under_way.append((flag, work))
-        if len(self._under_way) <= self.LAG:
+        if len(self._under_way) <= self._lag:
             return False
         flag, work = self._under_way.popleft()
         work.wait()
@@ -222,6 +234,6 @@ class StopRequest:
                 dist.monitored_barrier(self._roll_call, timeout=self.ROLL_CALL, wait_all_ranks=True)
             except RuntimeError as missing:
                 reason = f"{first_line(missing)}; {reason}"
-            raise PeerError(f"a collective failed: {reason}") from error
+            raise PeerError(f"after step {self._step}: a collective failed: {reason}") from error
         finally:  # there is nothing left to stop: a second signal must not kill a worker that is on its way out
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)

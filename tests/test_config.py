@@ -346,6 +346,7 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
         ("train.gossip_every=0", "train.gossip_every = 0: should be greater than or equal to 1"),
         ("train.comm_dtype=float16", "train.comm_dtype = 'float16': should be 'float32' or 'bfloat16'"),
         ("train.timeout_s=0", "train.timeout_s = 0: should be greater than 0"),
+        ("train.timeout_s=1e18", "train.timeout_s = 1e+18: should be less than or equal to 1000000"),
     ],
 )
 def test_options_of_the_exchange_have_bounds(tmp_path: Path, override: str, message: str) -> None:

@@ -66,11 +66,11 @@ if True:
         savers.append(self)
         save(self, step)
     decent.checkpoint.Checkpoints.save = noting
-    def dying(self, steps=iter(range(1, 10**9))):
+    def dying(self, step, steps=iter(range(1, 10**9))):
         if next(steps) == {n}:
             all(saver.wait() for saver in savers[-1:])
             os._exit(137)
-        return agreed(self)
+        return agreed(self, step)
     decent.world.StopRequest.agreed = dying
 """
 QUICK_ROLL_CALL = """
@@ -146,7 +146,90 @@ def test_only_the_newest_checkpoints_stay(launcher: Launcher, tmp_path: Path) ->
     assert names == ["step-000000008", "step-000000010", "step-000000012"]
 
 
+def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_what_is_saved_now(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    options = ("log.checkpoint_interval=5", "log.keep_checkpoints=1")
+    run = in_place(launcher, tmp_path, options[0])
+    spoil("truncated", run.dir / "checkpoint/step-000000012/worker-00000.pt")
+    run = in_place(launcher, tmp_path, *options, "train.n_steps=11")
+    assert run.codes == [0], run.errors
+    names = sorted(path.name for path in (run.dir / "checkpoint").iterdir())
+    assert names == ["step-000000011", "step-000000012"]
+
+
+@pytest.mark.dist
+@pytest.mark.fault
+def test_all_workers_go_on_from_the_checkpoint_that_rank_0_sees(launcher: Launcher, tmp_path: Path) -> None:
+    """On a network file system the view of another node may be older."""
+    options = ("log.checkpoint_interval=5",)
+    whole = in_place(launcher, tmp_path / "whole", *options, n=2)
+    in_place(launcher, tmp_path / "parts", *options, n=2, first=KILL_AFTER.format(n=11))
+    older = (
+        "import decent.checkpoint as c\nf = c.complete\nif os.environ['RANK'] == '1': c.complete = lambda p: f(p)[:1]"
+    )
+    resumed = in_place(launcher, tmp_path / "parts", *options, n=2, first=older)
+    assert resumed.codes == [0, 0], resumed.errors
+    assert timeless(resumed) == timeless(whole)
+
+
+@pytest.mark.dist
+@pytest.mark.fault
+def test_a_log_dir_that_the_nodes_do_not_share_is_an_error_of_the_first_save(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    elsewhere = f"""
+import pathlib, decent.checkpoint as c
+write = c.write_worker
+if os.environ["RANK"] == "1":
+    c.write_worker = lambda folder, rank, state: write(pathlib.Path("{tmp_path}/other") / folder.name, rank, state)
+"""
+    run = in_place(launcher, tmp_path / "log", n=2, first=elsewhere)
+    assert run.codes[0] == 1  # what it ended with is not saved
+    assert any("not saved, training goes on: " in line and "that all nodes share" in line for line in run.log), run.log
+    assert steps_saved(tmp_path) == []
+
+
 # --- Another start: other worlds, other backends, wandb ---
+
+
+@pytest.mark.dist
+def test_snapshots_go_on_with_the_same_workers_on_other_nodes(launcher: Launcher, tmp_path: Path) -> None:
+    """The padding of the flat parameters depends on how many workers a node has."""
+    options = ("train.gossip_every=4", "log.checkpoint_interval=6")
+    whole = in_place(launcher, tmp_path / "whole", *options, n=4, nodes=2)
+    in_place(launcher, tmp_path / "parts", *options, n=4, nodes=2, first=KILL_AFTER.format(n=8))
+    resumed = in_place(launcher, tmp_path / "parts", *options, n=4, nodes=1)
+    assert resumed.codes == [0] * 4, resumed.errors
+    assert resumed.losses == whole.losses
+
+
+def test_a_gradient_scaler_that_was_off_when_the_state_was_saved_starts_anew(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """As from a GPU with bfloat16 to one without."""
+    in_place(launcher, tmp_path)
+    on = "import torch.amp\nf = torch.amp.GradScaler\ntorch.amp.GradScaler = lambda device, enabled: f(device)"
+    run = in_place(launcher, tmp_path, "train.n_steps=14", first=on)
+    assert run.codes == [0], run.errors
+    assert final_states(run)[0]["parts"]["scaler"]["scale"] > 0
+
+
+def test_a_run_that_starts_from_anothers_checkpoint_has_its_own_best_model(launcher: Launcher, tmp_path: Path) -> None:
+    first = in_place(launcher, tmp_path)
+    still = ("train.lr_schedule.lr=0", "train.lr_schedule.eta_min=0")  # never better than the first
+    run = launcher.run(f"checkpoint={first.dir}", "train.n_steps=13", *still)
+    assert run.codes == [0], run.errors
+    assert (run.dir / "best_model.pth").exists()
+
+
+def test_another_backend_in_the_same_directory_is_refused(launcher: Launcher, tmp_path: Path) -> None:
+    before = in_place(launcher, tmp_path)
+    metrics = before.metrics
+    run = in_place(launcher, tmp_path, "train.backend=pytorchddp")
+    assert run.codes == [2]
+    assert "is of backend decentdp, this run has pytorchddp: choose another log.run_name" in run.errors[0]
+    assert run.metrics == metrics
 
 
 def test_other_numbers_of_workers_start_from_the_mean(launcher: Launcher, tmp_path: Path) -> None:
@@ -426,7 +509,7 @@ def test_a_hanging_worker_is_named(launcher: Launcher, backend: str) -> None:
     hang = f"import datetime, time\nif os.environ['RANK'] == '1':{asleep}\nelse:{QUICK_ROLL_CALL}"
     run = launcher.run(f"train.backend={backend}", "train.timeout_s=4", n=4, first=hang, timeout_s=50)
     assert run.codes[0] == 1, run.errors[0]
-    assert re.search(r"[Rr]anks? 1\b", run.errors[0].strip().splitlines()[-1]), run.errors[0]
+    assert re.search(r"step \d+: .*[Rr]anks? 1\b", run.errors[0].strip().splitlines()[-1]), run.errors[0]
 
 
 @pytest.mark.fault

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import resource
 import select
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from config import ModelConfig, load_config
 from data import TokenDataset
 from model import GPT
 from optim import lr_at
+from report import append_line
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE, CONTEXT_LENGTH, BATCH_SIZE, EVAL_STEPS = 300, 16, 8, 2
@@ -694,3 +696,18 @@ def test_torchrun_ends_with_our_one_line_and_exit_code_2_of_each_worker(launcher
         assert errors.count(" ERROR] ") == 1
         assert re.search(r"exitcode  : (\S+)", errors.partition("Root Cause")[2])[1] == "2"  # type: ignore[index]
         assert not run.log_dir.exists()
+
+
+def test_a_line_of_metrics_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Under a limit of the file's size a write stops in the middle of a line, as it does on a full disk."""
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, "a" * 50)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (80, hard))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            append_line(path, "b" * 50)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    append_line(path, "c")
+    assert path.read_text() == "a" * 50 + "\nc\n"
