@@ -1,6 +1,5 @@
 """The optimizer that a configuration names, with the parameters in their decay groups."""
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -12,20 +11,12 @@ if TYPE_CHECKING:
     from config import OptimConfig
 
 
-def build_optimizer(
-    module_or_named_parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
-    cfg: "OptimConfig",
-    lr: float,
-    *,
-    compile: bool = True,
-) -> Optimizer:
+def build_optimizer(module: nn.Module, cfg: "OptimConfig", lr: float, *, compile: bool = True) -> Optimizer:
     """An optimizer with two groups: matrices and embeddings, which decay, then biases and gains, which do not.
 
     compile is for AccumAdamW.
     """
-    if isinstance(module_or_named_parameters, nn.Module):
-        module_or_named_parameters = module_or_named_parameters.named_parameters()
-    params = [p for _, p in module_or_named_parameters if p.requires_grad]
+    params = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},

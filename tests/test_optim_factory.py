@@ -45,14 +45,6 @@ def test_adamw_is_torchs_fused_one() -> None:
         assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.1, (0.9, 0.95), 1e-8, True)
 
 
-def test_named_parameters_do_as_well_as_a_module() -> None:
-    module = toy()
-    of_module = build_optimizer(module, OptimConfig(), lr=0.1)
-    of_names = build_optimizer(module.named_parameters(), OptimConfig(), lr=0.1)
-    for a, b in zip(of_module.param_groups, of_names.param_groups, strict=True):
-        assert [id(p) for p in a["params"]] == [id(p) for p in b["params"]]
-
-
 def test_frozen_parameters_are_left_out() -> None:
     module = toy()
     frozen = next(iter(module.parameters())).requires_grad_(False)
