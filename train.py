@@ -134,7 +134,7 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> bo
         closing(local_batches(world, cfg, dataset, "train", first_step, cfg.train.n_steps)) as batches,
         closing(checkpoints),
         report.running(first_step),
-        stop.naming_the_missing(),
+        stop.naming_the_missing(first_step),
     ):
         for step, (x, y) in enumerate(report.timed(batches), first_step):
             lr = lr_at(step, cfg.train.lr_schedule, cfg.train.n_steps)

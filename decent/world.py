@@ -192,7 +192,7 @@ class StopRequest:
     def __init__(self, device: torch.device, timeout_s: float) -> None:
         self._received = False
         self._lag = 0 if device.type == "cuda" else self.LAG
-        self._step = 0  # steps done
+        self._step = 0  # steps done, of the whole run
         self._under_way: deque[tuple[Tensor, dist.Work]] = deque()
         # A group of its own, on CPUs also where the others are on GPUs: reading the answer must not wait for a GPU.
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -217,11 +217,12 @@ class StopRequest:
         return flag.item() > 0
 
     @contextmanager
-    def naming_the_missing(self) -> Generator[None]:
+    def naming_the_missing(self, step: int) -> Generator[None]:
         """Turns what the backend says of a failed collective into a PeerError that names the ranks which are missing.
 
-        All workers that are left come here, each with an error of its own.
+        All workers that are left come here, each with an error of its own. step: steps done before the block.
         """
+        self._step = step
         try:
             yield
         except PeerError:  # says it already
