@@ -62,12 +62,19 @@ def read_meta(data_dir: str | Path) -> Meta | None:
         fields: dict[str, Any] = json.loads(text)
         train, val = (SplitMeta(**fields.pop(name)) for name in ("train", "val"))
         meta = Meta(**fields, train=train, val=val)
-        _ = [int(n) + 0 for n in (meta.vocab_size, meta.train.tokens, meta.val.tokens)]
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        for record in (meta, train, val):
+            _check_types(record)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{path}: is no description of a corpus ({error}); prepare the corpus again, or remove this file"
         ) from None
     return meta
+
+
+def _check_types(record: Meta | SplitMeta) -> None:
+    for field in dataclasses.fields(record):
+        if type(value := getattr(record, field.name)) is not field.type:
+            raise TypeError(f"{field.name} is {value!r:.40}")
 
 
 def check_meta(meta: Meta, data_dir: str | Path, vocab_size: int) -> None:

@@ -43,7 +43,17 @@ def test_a_vocabulary_that_is_too_small_and_files_of_another_size_are_found(fold
         check_meta(META, folder, vocab_size=50257)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"train": 1, "val": 2}', json.dumps(dataclasses.asdict(META))[:-9]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"train": 1, "val": 2}', "[" * 100_000),
+        json.dumps(dataclasses.asdict(META))[:-9],
+        json.dumps(dataclasses.asdict(dataclasses.replace(META, vocab_size="50257"))),
+        json.dumps(dataclasses.asdict(dataclasses.replace(META, source=None))),
+        json.dumps(dataclasses.asdict(dataclasses.replace(META, train=dataclasses.replace(META.train, tokens=1e3)))),
+    ],
+    ids=range(9),
+)
 def test_what_is_no_description_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "meta.json").write_text(text)
     with pytest.raises(ValueError, match=r"meta\.json: is no description of a corpus"):
