@@ -4,7 +4,6 @@ python scripts/sample.py log/<run>/best_model.pth --prompt "My fellow Americans,
 """
 
 import argparse
-import pickle
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,9 @@ def main(argv: list[str] | None = None) -> int:
         print(sample(args))
     except ValueError as error:
         print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"sample.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 
@@ -42,6 +44,7 @@ def sample(args: argparse.Namespace) -> str:
 
     Raises:
         ValueError: the file holds no model of GPT-2 tokens, or an argument is out of its range.
+        OSError: GPT-2's merges cannot be kept in data/.cache.
     """
     import torch
 
@@ -83,8 +86,8 @@ def load_model(path: str) -> "GPT":
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # any there is: the bytes of a broken file are instructions to the unpickler
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path}: not a best_model.pth of train.py ({reason})") from None
     return model.eval()

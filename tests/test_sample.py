@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from config import ModelConfig
+from data import tokenizer
 from model import GPT
+from scripts import sample
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "sample.py"
+SCRIPT = Path(sample.__file__)
 
 
 def run_sample(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -50,6 +52,7 @@ def test_continues_the_prompt_by_tokens_of_gpt2_the_same_way_for_the_same_seed(t
         (None, "no such file"),
         (b"", "not a best_model.pth of train.py"),
         (b"weights", "not a best_model.pth of train.py"),
+        (b"\x80\x02.", "not a best_model.pth of train.py (IndexError: "),  # a pickle of nothing
         ({"model": {}}, "not a best_model.pth of train.py (KeyError: 'model_config')"),
     ],
 )
@@ -63,6 +66,29 @@ def test_a_missing_or_broken_file_is_one_line_and_exit_code_2(tmp_path: Path, co
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"sample.py: {path}: {message}")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [IndexError("pop from empty list"), AssertionError(), RecursionError("too deep")])
+def test_whatever_a_hostile_file_makes_the_unpickler_raise_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def load(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    assert sample.main([str(tmp_path / "best_model.pth")]) == 2
+    assert f"best_model.pth: not a best_model.pth of train.py ({type(error).__name__}" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tokenizer, "CACHE", tmp_path / "file" / ".cache")
+    monkeypatch.setattr(tokenizer, "_fetch_ranks", lambda: {b"a": 0})
+    tokenizer.gpt2_encoding.cache_clear()
+    assert sample.main([str(save_model(tmp_path / "best_model.pth"))]) == 2
+    assert capsys.readouterr().err == f"sample.py: {tmp_path}/file/.cache: Not a directory\n"
 
 
 def test_a_model_of_other_tokens_is_an_error(tmp_path: Path) -> None:
