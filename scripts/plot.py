@@ -75,8 +75,12 @@ def _read_evaluations(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             evaluation = json.loads(line)
-            by_step[evaluation["step"]] = {key: evaluation[key] for key in ("step", *_KEYS)}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            values = {key: evaluation[key] for key in ("step", *_KEYS)}
+            for key, value in values.items():
+                if not isinstance(value, int | float):
+                    raise TypeError(f"{key} is {json.dumps(value):.40}")
+            by_step[values["step"]] = values
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines) and not line.endswith("\n"):
                 break  # the run is writing it, or was stopped while it did
             raise ValueError(f"{path}: line {number} is not an evaluation ({type(error).__name__}: {error})") from None

@@ -92,6 +92,11 @@ def test_a_single_evaluation_and_a_diverged_run_can_be_drawn(tmp_path: Path) -> 
         ("metrics.jsonl", "", "holds no evaluation yet"),
         ("metrics.jsonl", "{\n" + evaluation(1), "line 1 is not an evaluation"),
         ("metrics.jsonl", '{"step": 1}\n', "line 1 is not an evaluation (KeyError: 'val_loss')"),
+        (
+            "metrics.jsonl",
+            evaluation(1).replace("7.0", "null"),
+            "line 1 is not an evaluation (TypeError: val_loss is null)",
+        ),
         ("config.toml", "[train]\n", "not the configuration of a run"),
         ("config.toml", "[train", "not the configuration of a run"),
     ],
