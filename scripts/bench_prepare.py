@@ -51,7 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_prepare(args: argparse.Namespace) -> list[Result]:
-    """Seconds, ratio to nanoGPT's, peak memory and hashes of the outputs. Exits with 1 where the outputs differ."""
+    """Seconds, ratio to nanoGPT's, peak memory and hashes of the outputs.
+
+    Raises:
+        SystemExit: 1, the outputs differ; 2, there is no such input.
+    """
+    if args.input and not args.input.is_file():
+        print(f"bench.py: --input {args.input}: no such file", file=sys.stderr)
+        raise SystemExit(2)
     with tempfile.TemporaryDirectory() as folder:
         text = args.input or build_corpus(
             Path(folder) / "text.jsonl", n_bytes=round(args.megabytes * 1e6), document_bytes=args.document_bytes

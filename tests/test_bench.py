@@ -101,6 +101,12 @@ def test_prepare_compares_three_ways_to_the_same_bytes(tmp_path: Path) -> None:
     assert all(row["peak MB"] > 10 for row in rows[:3])
 
 
+def test_prepare_without_its_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = run_bench("prepare", "--input", tmp_path / "none.jsonl")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"bench.py: --input {tmp_path}/none.jsonl: no such file\n"
+
+
 def test_prepare_fails_where_the_bytes_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from scripts import bench_prepare
 
