@@ -1,12 +1,15 @@
 """The documents of a corpus in local files: .txt (one each), .jsonl, .jsonl.gz (one a line), .parquet (one a row).
 
 A corpus is cut into units, which processes read independently of each other; the order of units is that of the
-documents: files by name, then lines or rows. In memory are the document at hand and a block of its file.
+documents: files by name, then lines or rows. In memory are the document at hand, a block of its file, and of every file
+its path as a string (a Path takes several times as much), for a corpus may be millions of .txt files.
 """
 
+import errno
 import glob
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ class Unit(NamedTuple):
     start, stop: bytes of a .jsonl file, in which lines start; row groups of a .parquet file; None: all of it.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[str, ...]
     n_bytes: int  # on disk, about
     start: int | None = None
     stop: int | None = None
@@ -52,57 +55,56 @@ class Source:
     """
 
     name: str
-    files: tuple[Path, ...]
+    files: tuple[str, ...]
     text_key: str = "text"
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files)
 
     def fingerprint(self) -> str:
         """Changes when a file does, by name, size or time."""
         import hashlib
 
-        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
-        return hashlib.sha256(repr((stats, self.text_key)).encode("utf-8", "surrogateescape")).hexdigest()
+        digest = hashlib.sha256(repr(self.text_key).encode())
+        for path in self.files:
+            stat = os.stat(path)
+            digest.update(repr((path, stat.st_size, stat.st_mtime_ns)).encode())
+        return digest.hexdigest()
 
 
-def find_files(patterns: list[str]) -> tuple[Path, ...]:
+def find_files(patterns: list[str]) -> tuple[str, ...]:
     """The files that match, sorted, each once. A pattern is a path, with *, ?, [...] and ** as in a shell.
 
     Raises:
         ValueError: a pattern matches nothing, or a file of another kind.
     """
-    found: set[Path] = set()
+    found: set[str] = set()
     for pattern in patterns:
-        paths = [Path(pattern)] if Path(pattern).exists() else map(Path, glob.glob(pattern, recursive=True))
-        files = {path for path in paths if path.is_file()}
+        paths = [pattern] if Path(pattern).exists() else glob.iglob(pattern, recursive=True)
+        files = {str(Path(path)) for path in paths if os.path.isfile(path)}
         if not files:
             folder = f"; it is a folder: '{pattern}/*.txt' has its texts" if Path(pattern).is_dir() else ""
             raise ValueError(f"--input {pattern}: matches no file{folder}")
-        if others := sorted(path for path in files if not path.name.endswith(SUFFIXES)):
+        if others := sorted(path for path in files if not path.endswith(SUFFIXES)):
             raise ValueError(f"{others[0]}: is none of {', '.join(SUFFIXES)}")
         found |= files
-    return tuple(sorted(found))
+    return tuple(sorted(found, key=lambda path: "\0".join(Path(path).parts)))  # the files of a folder are together
 
 
 def plan_units(source: Source) -> list[Unit]:
     """All documents of a source, cut where processes may share them. Does not depend on their number."""
     units: list[Unit] = []
-    texts: list[Path] = []  # small .txt files that follow each other
+    texts: list[str] = []  # small .txt files that follow each other
     texts_bytes = 0
     for path in source.files:
-        n_bytes = path.stat().st_size
-        if texts and (path.suffix != ".txt" or texts_bytes + n_bytes > UNIT_BYTES):
+        n_bytes = os.stat(path).st_size
+        if texts and (not path.endswith(".txt") or texts_bytes + n_bytes > UNIT_BYTES):
             units.append(Unit(tuple(texts), texts_bytes))
             texts, texts_bytes = [], 0
-        if path.suffix == ".txt":
+        if path.endswith(".txt"):
             texts.append(path)
             texts_bytes += n_bytes
-        elif path.suffix == ".jsonl":
+        elif path.endswith(".jsonl"):
             starts = range(0, n_bytes, UNIT_BYTES)
             units += [Unit((path,), min(UNIT_BYTES, n_bytes - a), a, min(a + UNIT_BYTES, n_bytes)) for a in starts]
-        elif path.suffix == ".parquet":
+        elif path.endswith(".parquet"):
             units += _plan_parquet(path, n_bytes)
         else:
             units.append(Unit((path,), n_bytes))
@@ -116,18 +118,18 @@ def read_unit(unit: Unit, text_key: str) -> Iterator[str | Bad]:
         OSError: a file cannot be read.
     """
     first = unit.paths[0]
-    if first.suffix == ".txt":
+    if first.endswith(".txt"):
         for path in unit.paths:
-            yield _decode(path.read_bytes(), str(path))
-    elif first.suffix == ".parquet":
+            yield _decode(Path(path).read_bytes(), path)
+    elif first.endswith(".parquet"):
         yield from _read_parquet(first, unit, text_key)
-    elif first.suffix == ".gz":
+    elif first.endswith(".gz"):
         with gzip.open(first, "rb") as file:
-            yield from _read_lines(file, str(first), 1, None, text_key)
+            yield from _read_lines(file, first, 1, None, text_key)
     else:
         with open(first, "rb") as file:
             start = _next_line(file, unit.start or 0)
-            yield from _read_lines(file, str(first), start, unit.stop, text_key)
+            yield from _read_lines(file, first, start, unit.stop, text_key)
 
 
 def _decode(data: bytes, where: str) -> str | Bad:
@@ -196,7 +198,7 @@ def _line_number(name: str, position: int) -> int:
     return n_lines
 
 
-def _plan_parquet(path: Path, n_bytes: int) -> list[Unit]:
+def _plan_parquet(path: str, n_bytes: int) -> list[Unit]:
     """Row groups that follow each other, as many as make up a unit."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -204,7 +206,8 @@ def _plan_parquet(path: Path, n_bytes: int) -> list[Unit]:
     try:
         with pq.ParquetFile(path) as file:
             sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError) as error:
+        _raise_if_of_the_moment(error, path)
         return [Unit((path,), n_bytes)]  # who reads it will say what is wrong
     units: list[Unit] = []
     start = taken = 0
@@ -216,7 +219,7 @@ def _plan_parquet(path: Path, n_bytes: int) -> list[Unit]:
     return units
 
 
-def _read_parquet(path: Path, unit: Unit, text_key: str) -> Iterator[str | Bad]:
+def _read_parquet(path: str, unit: Unit, text_key: str) -> Iterator[str | Bad]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -226,16 +229,39 @@ def _read_parquet(path: Path, unit: Unit, text_key: str) -> Iterator[str | Bad]:
             names = file.schema_arrow.names
             if text_key not in names or not _holds_text(file.schema_arrow.field(text_key).type):
                 wrong = "has no column" if text_key not in names else "holds no text in its column"
-                yield Bad(str(path), f'{wrong} "{text_key}"; it has {_listed(names)}: choose one with --text-key')
+                yield Bad(path, f'{wrong} "{text_key}"; it has {_listed(names)}: choose one with --text-key')
                 return
             groups = list(range(unit.start or 0, file.metadata.num_row_groups if unit.stop is None else unit.stop))
             row = sum(file.metadata.row_group(i).num_rows for i in range(unit.start or 0))
             for batch in file.iter_batches(_ROWS, groups, [text_key], use_threads=False):
-                for text in batch.column(0).to_pylist():
+                for text in _texts_or_bytes(batch.column(0)):
                     row += 1
+                    if isinstance(text, bytes):
+                        text = _decode(text, f"{path}, row {row}")
                     yield text if text is not None else Bad(f"{path}, row {row}", f'"{text_key}" is null')
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        yield Bad(f"{path}, after row {row}" if row else str(path), f"is a broken parquet file ({_line(error)})")
+        _raise_if_of_the_moment(error, path)
+        yield Bad(f"{path}, after row {row}" if row else path, f"is a broken parquet file ({_line(error)})")
+
+
+def _texts_or_bytes(column: "pa.Array[Any]") -> "list[str | bytes | None]":
+    """The rows as texts; where one of them is not UTF-8, all as bytes, so that the others are not lost with it."""
+    import pyarrow as pa
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return column.cast(pa.large_binary()).to_pylist()
+
+
+def _raise_if_of_the_moment(error: Exception, path: str) -> None:
+    """Raises an error that says nothing about the bytes of a file, but that they cannot be had now.
+
+    Called broken, the file would have other units, and other documents, than when the run goes on.
+    """
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    if number is not None:
+        raise OSError(number, os.strerror(number), path) from None
 
 
 def _holds_text(kind: "pa.DataType") -> bool:

@@ -118,7 +118,7 @@ def run(command: list[str], *, measure_memory: bool = False) -> tuple[float, int
 
 def calls_of_tiktoken(text: Path, num_proc: int) -> float:
     """Seconds in which so many processes encode all documents of a file."""
-    units = plan_units(Source("", (text,)))
+    units = plan_units(Source("", (str(text),)))
     documents = [document for unit in units for document in read_unit(unit, "text") if isinstance(document, str)]
     encode = build_encoder("tiktoken")
 

@@ -1,5 +1,6 @@
 """A corpus in files to a data folder, as `python data/openwebtext/prepare.py --input` does it."""
 
+import errno
 import gzip
 import itertools
 import json
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +25,7 @@ from data.documents import Source, find_files, plan_units, read_unit
 from data.encoders import Encoder, Tiktoken, best_encoder, build_encoder
 from data.meta import file_sha256, read_meta
 from data.placement import lay_out
-from data.spool import part_paths, read_part
+from data.spool import read_part
 from data.tokenise import Job
 from data.tokenizer import gpt2_encoding
 
@@ -59,6 +61,11 @@ def nanogpt(rows: list[str]) -> dict[str, bytes]:
 
 def prepared(out: Path) -> dict[str, bytes]:
     return {split: (out / f"{split}.bin").read_bytes() for split in ("train", "val")}
+
+
+def part_paths(out: Path) -> list[Path]:
+    """The parts in the spool, in the order of the documents."""
+    return sorted(out.glob(".prepare/**/*.part"))
 
 
 def prepare(path: Path, out: Path, *, num_proc: int = 1, limit: int | None = None, skip_bad: bool = False) -> None:
@@ -128,7 +135,7 @@ def test_a_line_is_read_once_wherever_units_are_cut(
     rows = texts(20, longest=6)
     path = jsonl(tmp_path / "a.jsonl", rows)
     path.write_text("\n \n" + path.read_text().rstrip("\n"))  # blank lines are none, and the last needs no line break
-    source = Source("test", (path,))
+    source = Source("test", (str(path),))
     assert [text for unit in plan_units(source) for text in read_unit(unit, "text")] == rows
 
 
@@ -168,6 +175,35 @@ def test_a_changed_source_is_prepared_anew(tmp_path: Path) -> None:
     assert prepared(tmp_path / "out") == nanogpt(texts(30))
 
 
+def test_a_file_takes_little_more_memory_than_its_path(tmp_path: Path) -> None:
+    n = 2000
+    for i in range(n):
+        (tmp_path / f"{i}.txt").touch()
+    tracemalloc.start()
+    try:
+        source = Source("test", find_files([f"{tmp_path}/*.txt"]))
+        units = plan_units(source)
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        source.fingerprint()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [len(unit.paths) for unit in units] == [n]
+    assert held / n < sys.getsizeof(source.files[0]) + 3 * 8  # the path, and references
+    assert peak - held < 100_000
+
+
+def test_files_are_in_order_of_their_folders_and_names(tmp_path: Path) -> None:
+    names = ["a/b.txt", "a/c.txt", "a-b.txt", "a.txt", "b/a.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    patterns = [f"{tmp_path}/{pattern}" for pattern in ("*.txt", "**/*.txt", "./a/../a.txt")]
+    assert find_files(patterns[:2]) == tuple(str(tmp_path / name) for name in names)
+    assert len(find_files(patterns)) == 1 + len(names)
+
+
 class Killed(BaseException):
     """Stands for the end of the process: nothing but the operating system cleans up."""
 
@@ -178,22 +214,24 @@ def killed_after(
     """The function, of whose calls that count the first n are carried out."""
     numbers = itertools.count()
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
         if counts(*args) and next(numbers) == n:
             raise Killed
-        return function(*args)
+        return function(*args, **options)
 
     return call
 
 
 class Wrapped:
-    """An encoder that notes what it encodes, and errs in one document or is killed there."""
+    """An encoder that notes what it encodes, and errs in one document, or all longer ones, or is killed there."""
 
-    def __init__(self, *, errs_at: int | None = None, killed_at: int | None = None) -> None:
+    def __init__(self, *, errs_at: int | None = None, killed_at: int | None = None, errs_behind: int = 2**40) -> None:
         self.encoder = build_encoder("tiktoken")
         self.encoder.reference = Tiktoken()
         self.texts: list[str] = []
         self.errs_at = errs_at
+        self.errs_behind = errs_behind
+        self.before: Callable[[], object] = lambda: None
         self.killed_at = killed_at
 
     def __getattr__(self, name: str) -> object:
@@ -203,18 +241,19 @@ class Wrapped:
         if len(self.texts) == self.killed_at:
             raise Killed
         self.texts.append(text)
-        return self.encoder(text) + (len(self.texts) == self.errs_at)
+        self.before()
+        return self.encoder(text) + (len(self.texts) == self.errs_at or len(text) > self.errs_behind)
 
 
 @pytest.mark.usefixtures("small_units")
 def test_pass_1_goes_on_after_its_finished_parts(tmp_path: Path) -> None:
     rows = texts(1000)
-    source = Source("test", (jsonl(tmp_path / "a.jsonl", rows),))
+    source = Source("test", (str(jsonl(tmp_path / "a.jsonl", rows)),))
     out = tmp_path / "out"
     first, second = Wrapped(killed_at=600), Wrapped()
     with pytest.raises(Killed):
         pipeline.prepare(Job(source, cast(Encoder, first)), out, num_proc=1)
-    parts = [part for part in map(read_part, part_paths(out / ".prepare")) if part]
+    parts = [part for part in map(read_part, part_paths(out)) if part]
     n_finished = sum(part.n_documents for part in parts)
     assert 500 < n_finished < 600
     assert not all(part.last for part in parts)  # also in the middle of a unit
@@ -226,11 +265,11 @@ def test_pass_1_goes_on_after_its_finished_parts(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_units")
 def test_a_damaged_part_is_done_again(tmp_path: Path) -> None:
     rows = texts(1000)
-    source = Source("test", (jsonl(tmp_path / "a.jsonl", rows),))
+    source = Source("test", (str(jsonl(tmp_path / "a.jsonl", rows)),))
     out = tmp_path / "out"
     with pytest.raises(Killed):
         pipeline.prepare(Job(source, cast(Encoder, Wrapped(killed_at=900))), out, num_proc=1)
-    whole, cut, *_ = part_paths(out / ".prepare")
+    whole, cut, *_ = part_paths(out)
     data = bytearray(whole.read_bytes())
     data[-1] ^= 1  # as after a power failure: the size is right
     whole.write_bytes(data)
@@ -285,7 +324,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_ends_it(tmp_path: Path,
     path, out = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out"
     command = [sys.executable, str(SCRIPT), "--input", str(path), "--out", str(out), "--num-proc", "2"]
     process = subprocess.Popen([*command, "--tokenizer", "tiktoken"], stderr=subprocess.PIPE, start_new_session=True)
-    while not list(out.glob(".prepare/*.part")) and process.poll() is None:
+    while not list(out.glob(".prepare/**/*.part")) and process.poll() is None:
         time.sleep(0.01)
     children = _session(process.pid) - {process.pid}
     assert children
@@ -299,7 +338,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_ends_it(tmp_path: Path,
         assert process.returncode == 130
         assert b"Traceback" not in error
     assert not list(out.glob("*"))[1:]  # nothing but the spool
-    assert list(out.glob(".prepare/*.part"))
+    assert list(out.glob(".prepare/**/*.part"))
     run(*command[2:], "--tokenizer", "tiktoken")
     assert file_sha256(out / "train.bin") == _sha256_of(rows, tmp_path)
 
@@ -387,6 +426,41 @@ def test_bad_input_is_one_line_and_leaves_older_files_alone(tmp_path: Path, make
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files"), OSError(errno.EIO, "Failed"), pa.ArrowMemoryError("Failed")]
+)
+def test_a_parquet_file_that_cannot_be_read_now_is_not_called_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise error
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": texts(20)}), path)
+    (unit,) = plan_units(Source("test", (str(path),)))
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetFile, "iter_batches", refuse)
+        with pytest.raises(OSError, match=r"a\.parquet"):
+            list(read_unit(unit, "text"))
+    monkeypatch.setattr(pq, "ParquetFile", refuse)
+    for read in (lambda: plan_units(Source("test", (str(path),))), lambda: list(read_unit(unit, "text"))):
+        with pytest.raises(OSError, match=r"a\.parquet"):
+            read()
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_a_row_that_is_not_utf_8_is_left_out_alone(tmp_path: Path, kind: pa.DataType) -> None:
+    rows: list[bytes | None] = [row.encode() for row in texts(600)]
+    rows[300], rows[301], rows[302] = b"caf\xe9", None, b""
+    path = tmp_path / "a.parquet"
+    binary = pa.large_binary() if kind == pa.large_string() else pa.binary()
+    pq.write_table(pa.table({"text": pa.array(rows, binary).view(kind)}), path)
+    (unit,) = plan_units(Source("test", (str(path),)))
+    read = [document if isinstance(document, str) else str(document) for document in read_unit(unit, "text")]
+    assert read[300:303] == [f"{path}, row 301: is not UTF-8 (byte 3)", f'{path}, row 302: "text" is null', ""]
+    assert read[:300] + read[303:] == texts(600)[:300] + texts(600)[303:]
+
+
 def test_skip_bad_counts_and_leaves_out(tmp_path: Path) -> None:
     path = _bad_jsonl(tmp_path)
     path.write_text(path.read_text() + '\n{"text": null}\n[]\n{"body": "x"}\n')
@@ -400,7 +474,7 @@ def test_skip_bad_counts_and_leaves_out(tmp_path: Path) -> None:
 
 
 def test_ids_that_are_not_the_references_stop_the_run_before_there_are_files(tmp_path: Path) -> None:
-    source = Source("test", (jsonl(tmp_path / "a.jsonl", texts(50)),))
+    source = Source("test", (str(jsonl(tmp_path / "a.jsonl", texts(50))),))
     job = Job(source, cast(Encoder, Wrapped(errs_at=30)))
     with pytest.raises(ValueError, match="gives other ids than tiktoken for the document that begins"):
         pipeline.prepare(job, tmp_path / "out", num_proc=1)

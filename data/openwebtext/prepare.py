@@ -141,7 +141,7 @@ def openwebtext(num_proc: int) -> "Source":
     except Exception as error:  # of the hub's client, its HTTP library, or the disk
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{DATASET} cannot be loaded ({reason}): {ALTERNATIVES}") from None
-    files = tuple(sorted((Path(folder) / CONFIG).glob("*.parquet")))
+    files = tuple(sorted(map(str, (Path(folder) / CONFIG).glob("*.parquet"))))
     if len(files) != N_FILES:
         raise ValueError(f"{folder}: has {len(files)} of {N_FILES} parquet files of {DATASET}: {ALTERNATIVES}")
     return Source(f"{DATASET} at {REVISION[:8]}", files)
