@@ -3,12 +3,16 @@
 Pass 1 (data/tokenise.py) fills the spool, a hidden folder in the output folder. Then the lengths of all documents are
 known, and with them the places to which pass 2 (data/placement.py) writes them. Both go on where an earlier run was
 stopped. Files get their names in the output folder when all is done.
+
+In the spool each job has a folder that is named by what its files depend on, so what one left behind is never taken for
+another's. There is one at a time: the next job removes it.
 """
 
 import contextlib
 import fcntl
-import json
+import hashlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,26 +21,42 @@ import numpy as np
 from data import placement
 from data.documents import Source
 from data.meta import NAME as META
-from data.meta import Meta, SplitMeta, read_meta, settle, write_meta
-from data.spool import part_paths, read_lengths
+from data.meta import Meta, SplitMeta, file_sha256, read_meta, settle, write_meta
+from data.spool import Part, read_lengths
 from data.token_file import is_complete
 from data.tokenise import Job, tokenise
 
 SPOOL = ".prepare"
-_FORMAT = 1  # of the spool; one of another format is thrown away
+_FORMAT = 2  # of the spool; one of another format is thrown away
 
 
-def is_prepared(out: Path, source: Source, limit: int | None) -> bool:
-    """Whether `out` holds this very corpus already."""
+def is_prepared(out: Path, source: Source, limit: int | None, *, skip_bad: bool) -> bool:
+    """Whether `out` holds this very corpus already; where documents are left out, only skip_bad wants it so."""
     try:
         meta = read_meta(out)
     except ValueError:
         return False
     return (
         meta is not None
+        and (skip_bad or not meta.documents_left_out)
         and meta.source_fingerprint == _fingerprint(source, limit)
-        and is_complete(out / "train.bin", meta.train.tokens)
-        and is_complete(out / "val.bin", meta.val.tokens)
+        and holds_tokens(out, {"train": meta.train.tokens, "val": meta.val.tokens})
+    )
+
+
+def holds_tokens(out: Path, n_tokens: dict[str, int]) -> bool:
+    """Whether train.bin and val.bin have so many tokens, and nothing says that they are of another corpus.
+
+    Those say so: a meta.json with other numbers, or one in the spool, of a run that was stopped among the renames.
+    """
+    try:
+        meta = read_meta(out)
+    except ValueError:
+        return False
+    return (
+        (meta is None or {"train": meta.train.tokens, "val": meta.val.tokens} == n_tokens)
+        and all(is_complete(out / f"{split}.bin", n) for split, n in n_tokens.items())
+        and not any((out / SPOOL).glob(f"*/{META}"))
     )
 
 
@@ -44,21 +64,23 @@ def prepare(job: Job, out: Path, *, num_proc: int) -> Meta:
     """Writes out/train.bin, out/val.bin and out/meta.json, replacing older ones when all three are whole.
 
     Raises:
-        ValueError: a document is broken, there are fewer than two, or the ids of one are not the reference's.
+        ValueError: a document is broken, there are fewer than two, the ids of one are not the reference's, a file of
+            the source changed meanwhile, or another process prepares a corpus in `out`.
         OSError: a file cannot be read or written; what is done is kept for the next run.
     """
     spool = out / SPOOL
     created = [folder for folder in (out, *out.parents) if not folder.exists()]
     spool.mkdir(parents=True, exist_ok=True)
-    try:
-        with _alone(spool):
-            _keep_if_of_(spool, job)
-            if not (spool / META).exists():
-                plan = _fill_(spool, job, num_proc)
-                _describe_(spool, job, plan)
-            return _publish_(spool, out)
-    finally:
-        _remove_if_useless(spool, created)
+    with _alone(spool):
+        try:
+            fingerprint = _fingerprint(job.source, job.limit)  # once: what is recorded is what was there at the start
+            folder = _only_folder_of_(spool, job, fingerprint)
+            if not _is_filled(folder, out, job):
+                plan = _fill_(folder, job, fingerprint, num_proc)
+                _describe_(folder, job, fingerprint, plan)
+            return _publish_(folder, out)
+        finally:
+            _remove_if_useless(spool, created)
 
 
 @contextlib.contextmanager
@@ -71,50 +93,71 @@ def _alone(spool: Path) -> Iterator[None]:
         yield
 
 
-def _keep_if_of_(spool: Path, job: Job) -> None:
-    """Empties a spool that is of another job, else removes only what a kill left half-written."""
+def _only_folder_of_(spool: Path, job: Job, fingerprint: str) -> Path:
+    """The folder of a job, after removing those of others, and what a kill left half-written in it."""
     # Not skip_bad: it decides which parts can be used, not what they hold.
-    identity = {
-        "format": _FORMAT,
-        "source": _fingerprint(job.source, job.limit),
-        "encoder": f"{job.encoder.name} {job.encoder.version}",
-    }
-    record = spool / "job.json"
-    same = False
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        same = json.loads(record.read_text()) == identity
+    identity = f"format {_FORMAT}, {job.encoder.name} {job.encoder.version}, {fingerprint}"
+    folder = spool / hashlib.sha256(identity.encode()).hexdigest()[:16]
     for path in spool.iterdir():
-        if path.name != "lock" and (not same or path.suffix.strip(".").isdigit()):
+        if path not in (folder, spool / "lock"):
+            _discard_(path)
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.suffix.strip(".").isdigit():
             path.unlink()
-    if not same:
-        temporary = spool / "job.tmp"
-        temporary.write_text(json.dumps(identity))
-        temporary.replace(record)
+    return folder
 
 
-def _fill_(spool: Path, job: Job, num_proc: int) -> placement.Plan:
-    """Both passes: after them spool/train.bin and spool/val.bin hold everything."""
-    plan = placement.load(spool)
-    if plan is not None and plan.n_bad and not job.skip_bad:
-        for path in (*part_paths(spool), spool / placement.NAME):
-            path.unlink()
+def _discard_(path: Path) -> None:
+    """Removes a file or folder of the spool, at once as far as its name goes.
+
+    What is left of it when this is stopped is no job's, and a process that outlived a kill finds no place to write to.
+    """
+    doomed = tempfile.mkdtemp(dir=path.parent)
+    path.rename(Path(doomed) / path.name)
+    shutil.rmtree(doomed)
+
+
+def _is_filled(folder: Path, out: Path, job: Job) -> bool:
+    """Whether the files of the corpus are whole: in the folder of the job, or in `out`, by a run that was stopped."""
+    meta = read_meta(folder)
+    if meta is None or (meta.documents_left_out and not job.skip_bad):
+        return False
+    return all(
+        is_complete(folder / name, split.tokens)
+        or (is_complete(out / name, split.tokens) and file_sha256(out / name) == split.sha256)
+        for name, split in (("train.bin", meta.train), ("val.bin", meta.val))
+    )
+
+
+def _fill_(folder: Path, job: Job, fingerprint: str, num_proc: int) -> placement.Plan:
+    """Both passes: after them train.bin and val.bin in the folder hold everything."""
+    plan = placement.load(folder)
+    if (folder / META).exists() or (plan is not None and plan.n_bad and not job.skip_bad):
+        for name in (placement.NAME, META):  # the plan first: by it, parts that are missing are placed
+            (folder / name).unlink(missing_ok=True)
         plan = None
     if plan is None:
-        parts = tokenise(spool, job, num_proc)
-        lengths = [np.empty(0, np.uint32), *(read_lengths(part) for part in parts)]
-        plan = placement.Plan(
-            np.concatenate(lengths)[: job.limit],
-            [part.path.name for part in parts],
-            [part.n_documents for part in parts],
-            sum(part.n_bad for part in parts),
-        )
+        plan = _plan(tokenise(folder, job, num_proc), job.limit)
+        if _fingerprint(job.source, job.limit) != fingerprint:
+            _discard_(folder)
+            raise ValueError(f"{job.source.name}: changed while it was read; the same command prepares it as it is now")
         if len(plan.lengths) < 2:
-            for part in parts:
-                part.path.unlink()
+            _discard_(folder)
             raise ValueError(_too_few(len(plan.lengths), plan.n_bad, job.source.name))
-        placement.save(spool, plan)
-    placement.place(spool, plan, num_proc)
+        placement.save(folder, plan)
+    placement.place(folder, plan, num_proc)
     return plan
+
+
+def _plan(parts: list[Part], limit: int | None) -> placement.Plan:
+    lengths = [np.empty(0, np.uint32), *(read_lengths(part) for part in parts)]
+    return placement.Plan(
+        np.concatenate(lengths)[:limit],
+        [part.path.name for part in parts],
+        [part.n_documents for part in parts],
+        sum(part.n_bad for part in parts),
+    )
 
 
 def _too_few(n_documents: int, n_bad: int, name: str) -> str:
@@ -126,10 +169,10 @@ def _too_few(n_documents: int, n_bad: int, name: str) -> str:
     )
 
 
-def _describe_(spool: Path, job: Job, plan: placement.Plan) -> None:
-    """Writes spool/meta.json, with which only the renames are left to do."""
+def _describe_(folder: Path, job: Job, fingerprint: str, plan: placement.Plan) -> None:
+    """Writes the folder's meta.json, with which only the renames are left to do."""
     layout = placement.lay_out(plan.lengths)
-    sha256 = settle(spool)
+    sha256 = settle(folder)
     n_documents = {"train": len(plan.lengths) - layout.n_val, "val": layout.n_val}
     n_tokens = {"train": layout.n_tokens - layout.n_val_tokens, "val": layout.n_val_tokens}
     train, val = (SplitMeta(n_documents[split], n_tokens[split], sha256[split]) for split in ("train", "val"))
@@ -138,28 +181,29 @@ def _describe_(spool: Path, job: Job, plan: placement.Plan) -> None:
         vocab_size=job.encoder.vocab_size,
         encoded_by=f"{job.encoder.name} {job.encoder.version}",
         source=job.source.name,
-        source_fingerprint=_fingerprint(job.source, job.limit),
+        source_fingerprint=fingerprint,
         documents_left_out=plan.n_bad,
         train=train,
         val=val,
     )
-    write_meta(spool / META, meta)
+    write_meta(folder / META, meta)
 
 
-def _publish_(spool: Path, out: Path) -> Meta:
+def _publish_(folder: Path, out: Path) -> Meta:
     """Moves the files to where they are looked for, meta.json last: it says that there are some to move."""
-    meta = read_meta(spool)
+    meta = read_meta(folder)
     assert meta is not None
+    (folder / placement.NAME).unlink(missing_ok=True)  # no run may fill anew the files that are moved
     for name in ("train.bin", "val.bin", META):
         with contextlib.suppress(FileNotFoundError):  # moved by a run that was stopped
-            (spool / name).replace(out / name)
-    shutil.rmtree(spool)
+            (folder / name).replace(out / name)
+    _discard_(folder)
     return meta
 
 
 def _remove_if_useless(spool: Path, created: list[Path]) -> None:
     """Removes a spool from which no run could go on, and the folders that were made for it."""
-    if spool.exists() and not part_paths(spool) and not any((spool / name).exists() for name in (placement.NAME, META)):
+    if not any(path.suffix == ".part" or path.name in (placement.NAME, META) for path in spool.glob("*/*")):
         shutil.rmtree(spool, ignore_errors=True)
     for folder in created:
         with contextlib.suppress(OSError):  # not empty

@@ -1,8 +1,9 @@
 """Pass 2 of a preparation: from the spool, where documents lie in source order, to their places in train and val.
 
 nanoGPT's split and order: documents are shuffled with seed 2357 and the first 0.05% are val, the rest train. Written at
-random places, read in sequence; a part is deleted when its documents are on the disk, so both together take little more
-than one of them.
+random places, read in sequence. A part is deleted when its documents are on the disk, so both together take little more
+than one of them where documents are much larger than a block of the disk (4 KB); where they are much smaller, the first
+parts touch nearly all blocks of the files, and both are there at once.
 """
 
 import contextlib
@@ -62,40 +63,40 @@ def lay_out(lengths: npt.NDArray[np.uint32]) -> Layout:
     return Layout(starts, n_val, int(ends[n_val - 1]), int(ends[-1]))
 
 
-def save(spool: Path, plan: Plan) -> None:
+def save(folder: Path, plan: Plan) -> None:
     """From now on pass 1 is over, and parts may be deleted."""
-    temporary = spool / f"{NAME}.tmp"
+    temporary = folder / f"{NAME}.tmp"
     with open(temporary, "wb") as file:
         for array in (plan.lengths, np.array(plan.parts), np.array(plan.part_documents), np.array(plan.n_bad)):
             np.save(file, array)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(spool / NAME)
+    temporary.replace(folder / NAME)
 
 
-def load(spool: Path) -> Plan | None:
+def load(folder: Path) -> Plan | None:
     """None: pass 1 is not over."""
     try:
-        with open(spool / NAME, "rb") as file:
+        with open(folder / NAME, "rb") as file:
             lengths, parts, part_documents, n_bad = (np.load(file) for _ in range(4))
     except FileNotFoundError:
         return None
     return Plan(lengths, parts.tolist(), part_documents.tolist(), int(n_bad))
 
 
-def place(spool: Path, plan: Plan, num_proc: int) -> None:
-    """Writes the documents of all parts that are there to spool/train.bin and spool/val.bin, and deletes the parts."""
+def place(folder: Path, plan: Plan, num_proc: int) -> None:
+    """Writes the documents of all parts that are there to train.bin and val.bin, and deletes the parts."""
     layout = lay_out(plan.lengths)
-    left = [number for number, name in enumerate(plan.parts) if (spool / name).exists()]
-    with _open(spool, layout) as fds:
-        task = functools.partial(_place_part, spool, plan, layout, fds)
+    left = [number for number, name in enumerate(plan.parts) if (folder / name).exists()]
+    with _open(folder, layout) as fds:
+        task = functools.partial(_place_part, folder, plan, layout, fds)
         n_bytes = layout.n_tokens * TOKEN.itemsize
         answers = run_in_processes(task, left, min(num_proc, 1 + n_bytes // _SMALL_BYTES))
         placed: list[Path] = []
         placed_bytes = 0
         with contextlib.closing(answers), Progress("placing", n_bytes) as progress:
             for number, part_bytes in answers:
-                placed.append(spool / plan.parts[number])
+                placed.append(folder / plan.parts[number])
                 placed_bytes += part_bytes
                 progress.add(part_bytes, part_bytes // TOKEN.itemsize)
                 if placed_bytes >= _SYNC_BYTES:
@@ -105,27 +106,27 @@ def place(spool: Path, plan: Plan, num_proc: int) -> None:
 
 
 @contextlib.contextmanager
-def _open(spool: Path, layout: Layout) -> Iterator[tuple[int, int]]:
+def _open(folder: Path, layout: Layout) -> Iterator[tuple[int, int]]:
     """Descriptors of val.bin and train.bin, which have their final sizes."""
     with contextlib.ExitStack() as stack:
         fds: list[int] = []
         for name, n_tokens in (("val", layout.n_val_tokens), ("train", layout.n_tokens - layout.n_val_tokens)):
-            fds.append(os.open(spool / f"{name}.bin", os.O_WRONLY | os.O_CREAT, 0o666))
+            fds.append(os.open(folder / f"{name}.bin", os.O_WRONLY | os.O_CREAT, 0o666))
             stack.callback(os.close, fds[-1])
             os.ftruncate(fds[-1], n_tokens * TOKEN.itemsize)
         yield fds[0], fds[1]
 
 
 def _place_part(
-    spool: Path, plan: Plan, layout: Layout, fds: tuple[int, int], number: int
+    folder: Path, plan: Plan, layout: Layout, fds: tuple[int, int], number: int
 ) -> Iterator[tuple[int, int]]:
     """The number of the part and its bytes."""
-    part = read_part(spool / plan.parts[number])
+    part = read_part(folder / plan.parts[number])
     tokens = intact_tokens(part) if part else None
     if part is None or tokens is None:
-        raise ValueError(f"{spool}: its file {plan.parts[number]} is damaged; remove the folder and start again")
+        raise ValueError(f"{folder}: its file {plan.parts[number]} is damaged; remove the folder and start again")
     first = sum(plan.part_documents[:number])
-    lengths = plan.lengths[first : first + part.n_documents]  # the limit may cut the last part
+    lengths = plan.lengths[first : first + plan.part_documents[number]]  # the limit may cut the last part
     ends = np.cumsum(lengths, dtype=np.int64) * TOKEN.itemsize
     starts = layout.starts[first : first + len(lengths)]
     in_train = starts >= layout.n_val_tokens

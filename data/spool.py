@@ -1,7 +1,8 @@
 """The spool of a preparation: tokens of documents in source order, in parts that are whole or absent.
 
 A part holds the next documents of one unit (data/documents.py). Its file is a header, then uint32 lengths of the
-documents, then their tokens. The name says unit and number, so a part need not be opened to know its place.
+documents, then their tokens. The name says unit and number, so a part need not be opened to know its place, and the
+folder says of which job it is (data/pipeline.py): what outlives a killed run cannot write among the parts of another.
 """
 
 import os
@@ -34,11 +35,6 @@ class Part(NamedTuple):
 
 def part_path(folder: Path, unit: int, number: int) -> Path:
     return folder / f"{unit:07}-{number:05}.part"
-
-
-def part_paths(folder: Path) -> list[Path]:
-    """In the order of the documents."""
-    return sorted(folder.glob("*.part"))
 
 
 def write_part(path: Path, lengths: npt.NDArray[np.uint32], tokens: Tokens, *, n_bad: int, last: bool) -> Part:

@@ -1,6 +1,8 @@
 """A corpus in files to a data folder, as `python data/openwebtext/prepare.py --input` does it."""
 
+import contextlib
 import errno
+import fcntl
 import gzip
 import itertools
 import json
@@ -23,7 +25,7 @@ import pytest
 from data import documents, pipeline, placement, tokenise
 from data.documents import Source, find_files, plan_units, read_unit
 from data.encoders import Encoder, Tiktoken, best_encoder, build_encoder
-from data.meta import file_sha256, read_meta
+from data.meta import file_sha256, read_meta, settle
 from data.placement import lay_out
 from data.spool import read_part
 from data.tokenise import Job
@@ -175,6 +177,27 @@ def test_a_changed_source_is_prepared_anew(tmp_path: Path) -> None:
     assert prepared(tmp_path / "out") == nanogpt(texts(30))
 
 
+def test_a_source_that_changes_while_it_is_read_is_not_taken_for_the_one_that_was_read(tmp_path: Path) -> None:
+    path, out = jsonl(tmp_path / "a.jsonl", texts(20)), tmp_path / "out"
+    encoder = Wrapped()
+    encoder.before = lambda: os.utime(path, (0, len(encoder.texts)))
+    job = Job(Source("texts", (str(path),)), cast(Encoder, encoder))
+    with pytest.raises(ValueError, match=r"^texts: changed while it was read"):
+        pipeline.prepare(job, out, num_proc=1)
+    assert not out.exists()
+
+
+def test_a_source_that_changes_after_it_was_read_is_prepared_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = jsonl(tmp_path / "a.jsonl", texts(20)), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "settle", lambda folder: (jsonl(path, texts(30)), settle(folder))[1])
+        prepare(path, out)
+    assert prepared(out) == nanogpt(texts(20))
+    assert not pipeline.is_prepared(out, Source("test", (str(path),)), None, skip_bad=False)
+
+
 def test_a_file_takes_little_more_memory_than_its_path(tmp_path: Path) -> None:
     n = 2000
     for i in range(n):
@@ -263,6 +286,28 @@ def test_pass_1_goes_on_after_its_finished_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_units")
+def test_a_part_that_is_written_after_its_job_is_none_of_the_next(tmp_path: Path) -> None:
+    """As by a process that outlived kill -9 of its parent, and notices when its part is written."""
+    rows = texts(1000)
+    old, new = jsonl(tmp_path / "a.jsonl", rows[:900]), jsonl(tmp_path / "b.jsonl", rows[100:])
+    out = tmp_path / "out"
+
+    def go_on(path: Path, killed_at: int | None) -> None:
+        job = Job(Source("test", (str(path),)), cast(Encoder, Wrapped(killed_at=killed_at)))
+        with contextlib.suppress(Killed):
+            pipeline.prepare(job, out, num_proc=1)
+
+    go_on(old, 300)
+    late = part_paths(out)[0]
+    part = late.read_bytes()
+    go_on(new, 200)
+    with contextlib.suppress(FileNotFoundError):
+        late.write_bytes(part)
+    go_on(new, None)
+    assert prepared(out) == nanogpt(rows[100:])
+
+
+@pytest.mark.usefixtures("small_units")
 def test_a_damaged_part_is_done_again(tmp_path: Path) -> None:
     rows = texts(1000)
     source = Source("test", (str(jsonl(tmp_path / "a.jsonl", rows)),))
@@ -297,6 +342,66 @@ def test_pass_2_goes_on_with_the_parts_that_are_left(
     assert prepared(out) == nanogpt(rows)
 
 
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("n_removed", [0, 1, 2, 4, 8])
+def test_a_spool_that_is_half_removed_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_removed: int
+) -> None:
+    rows = texts(1000)
+    path, out = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out"
+    monkeypatch.setattr(placement, "_SYNC_BYTES", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(placement, "_place_part", killed_after(3, placement._place_part))
+        with pytest.raises(Killed):
+            prepare(path, out)
+    assert len(part_paths(out)) > 8
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", killed_after(n_removed, os.unlink))
+        with pytest.raises(Killed):
+            prepare(jsonl(tmp_path / "b.jsonl", rows[:20]), out)  # of another job
+    prepare(path, out)
+    assert prepared(out) == nanogpt(rows)
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("n_removed", [0, 1, 2])
+def test_a_plan_without_the_bad_documents_goes_before_the_parts_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_removed: int
+) -> None:
+    rows = texts(1000)
+    path, out = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out"
+    path.write_text(path.read_text() + "[]\n")
+    monkeypatch.setattr(placement, "_SYNC_BYTES", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(placement, "_place_part", killed_after(3, placement._place_part))
+        with pytest.raises(Killed):
+            prepare(path, out, skip_bad=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", killed_after(n_removed, os.unlink))
+        with pytest.raises((Killed, ValueError)):
+            prepare(path, out)
+    prepare(path, out, skip_bad=True)
+    assert prepared(out) == nanogpt(rows)
+
+
+def test_files_that_were_lost_before_they_had_their_names_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = texts(50)
+    path, out = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out"
+    prepare(jsonl(tmp_path / "b.jsonl", rows[::-1]), out)  # of the same size, nearly
+    assert prepared(out) != nanogpt(rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_publish_", killed_after(0, pipeline._publish_))
+        with pytest.raises(Killed):
+            prepare(path, out)
+    for lost in out.glob(".prepare/**/train.bin"):
+        lost.unlink()
+    assert not pipeline.is_prepared(out, Source("test", (str(tmp_path / "b.jsonl"),)), None, skip_bad=False)
+    prepare(path, out)
+    assert prepared(out) == nanogpt(rows)
+
+
 @pytest.mark.parametrize("n_moved", [0, 1, 2, 3])
 def test_files_that_are_whole_only_need_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_moved: int
@@ -317,6 +422,16 @@ def test_files_that_are_whole_only_need_their_names(
     assert sorted(file.name for file in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
+def test_a_second_run_at_the_same_place_is_refused_and_leaves_the_spool_of_the_first_alone(tmp_path: Path) -> None:
+    path, spool = jsonl(tmp_path / "a.jsonl", texts(9)), tmp_path / "out" / ".prepare"
+    (spool / "job").mkdir(parents=True)  # a first run has just started
+    with open(spool / "lock", "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        done = run("--input", path, "--out", tmp_path / "out", returncode=2)
+    assert "out: another process is preparing a corpus here" in done.stderr
+    assert sorted(path.name for path in spool.iterdir()) == ["job", "lock"]
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_leaves_no_process_and_the_next_one_ends_it(tmp_path: Path, how: signal.Signals) -> None:
@@ -324,7 +439,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_ends_it(tmp_path: Path,
     path, out = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out"
     command = [sys.executable, str(SCRIPT), "--input", str(path), "--out", str(out), "--num-proc", "2"]
     process = subprocess.Popen([*command, "--tokenizer", "tiktoken"], stderr=subprocess.PIPE, start_new_session=True)
-    while not list(out.glob(".prepare/**/*.part")) and process.poll() is None:
+    while not list(out.glob(".prepare/*/*.part")) and process.poll() is None:
         time.sleep(0.01)
     children = _session(process.pid) - {process.pid}
     assert children
@@ -338,7 +453,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_ends_it(tmp_path: Path,
         assert process.returncode == 130
         assert b"Traceback" not in error
     assert not list(out.glob("*"))[1:]  # nothing but the spool
-    assert list(out.glob(".prepare/**/*.part"))
+    assert list(out.glob(".prepare/*/*.part"))
     run(*command[2:], "--tokenizer", "tiktoken")
     assert file_sha256(out / "train.bin") == _sha256_of(rows, tmp_path)
 
@@ -459,6 +574,14 @@ def test_a_row_that_is_not_utf_8_is_left_out_alone(tmp_path: Path, kind: pa.Data
     read = [document if isinstance(document, str) else str(document) for document in read_unit(unit, "text")]
     assert read[300:303] == [f"{path}, row 301: is not UTF-8 (byte 3)", f'{path}, row 302: "text" is null', ""]
     assert read[:300] + read[303:] == texts(600)[:300] + texts(600)[303:]
+
+
+def test_what_skip_bad_prepared_is_not_what_a_run_without_it_wants(tmp_path: Path) -> None:
+    path, out = _bad_jsonl(tmp_path), tmp_path / "out"
+    run("--input", path, "--out", out, "--skip-bad")
+    assert "there already" in run("--input", path, "--out", out, "--skip-bad").stdout
+    assert "line 5" in run("--input", path, "--out", out, returncode=2).stderr
+    assert "there already" in run("--input", path, "--out", out, "--skip-bad").stdout
 
 
 def test_skip_bad_counts_and_leaves_out(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The prepare scripts: what the files hold, and how the scripts behave on the command line."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.meta import check_meta, file_sha256, read_meta
+from data import encoders
+from data.meta import Meta, SplitMeta, check_meta, file_sha256, read_meta, write_meta
 from data.openwebtext import prepare as openwebtext
 from data.sotu import prepare as sotu
 from data.token_file import is_complete, open_tokens
@@ -77,7 +79,7 @@ def test_sotu_does_nothing_when_both_files_are_complete_and_repairs_them_when_no
 def test_help_imports_neither_torch_nor_datasets(corpus: str) -> None:
     run = _script(corpus, "--help", python_options=["-X", "importtime"])
     assert f"python data/{corpus}/prepare.py" in run.stdout
-    assert "numpy" in _imported(run)
+    assert "argparse" in _imported(run)
     assert not _imported(run) & {"torch", "datasets", "tiktoken", "pyarrow", "huggingface_hub"}
 
 
@@ -89,7 +91,13 @@ def test_openwebtext_without_a_network_ends_soon_in_one_line_with_alternatives(t
         run = _script("openwebtext", "--out", str(out), env=environment | {"HF_HUB_OFFLINE": offline}, returncode=2)
         assert time.monotonic() - start < 60
         assert len(run.stderr.splitlines()) == 1, run.stderr
-        for alternative in ("--input", "copy train.bin and val.bin", "HF_ENDPOINT", "HF_HOME", "data/sotu/prepare.py"):
+        for alternative in (
+            "--input",
+            "copy train.bin, val.bin and meta.json",
+            "HF_ENDPOINT",
+            "HF_HOME",
+            "data/sotu/prepare.py",
+        ):
             assert alternative in run.stderr
         assert not out.exists()
 
@@ -111,6 +119,48 @@ def test_openwebtext_comes_from_the_cache_of_the_hub_in_the_order_of_its_files(t
     run = _script("openwebtext", "--out", str(tmp_path / "new"), env=environment, returncode=2)
     assert "has 79 of 80 parquet files" in run.stderr
     assert "--input" in run.stderr
+
+
+def test_openwebtext_is_there_where_the_files_have_its_sizes_and_nothing_says_that_they_are_of_another_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask_the_hub(num_proc: int) -> None:
+        raise ValueError("asked the hub")
+
+    def is_there() -> bool:
+        code = openwebtext.main()
+        output = capsys.readouterr()
+        assert ("there already" in output.out) == (code == 0)
+        assert ("asked the hub" in output.err) == (code == 2)
+        return code == 0
+
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(openwebtext, "N_TOKENS", {"train": 100, "val": 10})
+    monkeypatch.setattr(openwebtext, "openwebtext", ask_the_hub)
+    assert not is_there()
+    for split, n in openwebtext.N_TOKENS.items():
+        (tmp_path / f"{split}.bin").write_bytes(bytes(2 * n))
+    assert is_there()
+    meta = Meta("gpt2", 50257, "tiktoken 0", "OpenWebText", "f", 0, SplitMeta(3, 100, "a"), SplitMeta(1, 10, "b"))
+    write_meta(tmp_path / "meta.json", meta)
+    assert is_there()
+    write_meta(tmp_path / "meta.json", dataclasses.replace(meta, train=SplitMeta(3, 90, "a")))  # of --limit, earlier
+    assert not is_there()
+    (tmp_path / "meta.json").unlink()
+    (tmp_path / ".prepare" / "job").mkdir(parents=True)  # stopped before its meta.json was moved
+    write_meta(tmp_path / ".prepare" / "job" / "meta.json", meta)
+    assert not is_there()
+
+
+def test_without_gigatoken_the_versions_that_are_needed_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(encoders.VERSIONS, "gigatoken", "0.9.0")
+    for i in range(2):
+        (tmp_path / f"{i}.txt").touch()
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--input", f"{tmp_path}/*.txt", "--out", str(tmp_path / "out")])
+    assert openwebtext.main() == 0
+    assert f"pip install gigatoken==0.9.0 tiktoken=={encoders.VERSIONS['tiktoken']}" in capsys.readouterr().out
 
 
 def _imported(run: subprocess.CompletedProcess[str]) -> set[str]:

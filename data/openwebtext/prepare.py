@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.token_file import is_complete
-
 if TYPE_CHECKING:
     from data.documents import Source
 
@@ -31,8 +29,8 @@ N_TOKENS = {"train": 9_035_582_489, "val": 4_434_606}
 
 ALTERNATIVES = (
     "use texts or parquet files that you have with --input; or run this script on a machine with a network and copy "
-    "train.bin and val.bin here; or set HF_ENDPOINT to a mirror of the hub; or set HF_HOME to a cache that holds the "
-    "data set, with HF_HUB_OFFLINE=1; or train on the small corpus of data/sotu/prepare.py"
+    "train.bin, val.bin and meta.json here; or set HF_ENDPOINT to a mirror of the hub; or set HF_HOME to a cache that "
+    "holds the data set, with HF_HUB_OFFLINE=1; or train on the small corpus of data/sotu/prepare.py"
 )
 
 
@@ -84,22 +82,21 @@ def run(args: argparse.Namespace) -> int:
     """Raises:
     ValueError, OSError: in one line, what is wrong.
     """
-    whole = not args.input and args.limit is None
-    if whole and all(is_complete(args.out / f"{split}.bin", n) for split, n in N_TOKENS.items()):
-        print(f"{args.out}: train.bin and val.bin are there already")
-        return 0
-
-    from data.encoders import best_encoder, build_encoder
-    from data.pipeline import is_prepared, prepare
+    from data.encoders import VERSIONS, best_encoder, build_encoder
+    from data.pipeline import holds_tokens, is_prepared, prepare
     from data.tokenise import Job
 
+    if not args.input and args.limit is None and holds_tokens(args.out, N_TOKENS):
+        print(f"{args.out}: train.bin and val.bin are there already")
+        return 0
     source = local_source(args.input, args.text_key) if args.input else openwebtext(args.num_proc)
-    if is_prepared(args.out, source, args.limit):
+    if is_prepared(args.out, source, args.limit, skip_bad=args.skip_bad):
         print(f"{args.out}: train.bin and val.bin are there already")
         return 0
     encoder = build_encoder(args.tokenizer or best_encoder())
     if args.tokenizer is None and encoder.name == "tiktoken":
-        print("tokenising with tiktoken; gigatoken is faster: pip install gigatoken")
+        needed = " ".join(f"{package}=={version}" for package, version in VERSIONS.items())
+        print(f"tokenising with tiktoken; gigatoken is many times faster: pip install {needed}")
     job = Job(source, encoder, limit=args.limit, skip_bad=args.skip_bad)
     meta = prepare(job, args.out, num_proc=args.num_proc)
     if meta.documents_left_out:
