@@ -151,12 +151,14 @@ def _fill_(folder: Path, job: Job, fingerprint: str, num_proc: int) -> placement
 
 
 def _plan(parts: list[Part], limit: int | None) -> placement.Plan:
-    lengths = [np.empty(0, np.uint32), *(read_lengths(part) for part in parts)]
+    lengths = np.concatenate([np.empty(0, np.uint32), *(read_lengths(part) for part in parts)])
+    if limit is not None:
+        kept = lengths > 0
+        lengths = lengths[np.cumsum(kept) - kept < limit]  # before them are fewer: neither is a left out one behind
+    n_read = len(lengths)
+    lengths = lengths[lengths > 0]
     return placement.Plan(
-        np.concatenate(lengths)[:limit],
-        [part.path.name for part in parts],
-        [part.n_documents for part in parts],
-        sum(part.n_bad for part in parts),
+        lengths, [part.path.name for part in parts], [part.n_documents for part in parts], n_read - len(lengths)
     )
 
 

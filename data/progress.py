@@ -6,9 +6,12 @@ from typing import Any
 
 
 class Progress:
-    """A bar on stderr over n_bytes, as a context. It appears with the first `add`, for tqdm takes a while to import."""
+    """A bar on stderr, as a context. It appears with the first `add`, for tqdm takes a while to import.
 
-    def __init__(self, name: str, n_bytes: int) -> None:
+    n_bytes: of all there is to do; None: nobody knows.
+    """
+
+    def __init__(self, name: str, n_bytes: int | None) -> None:
         self.name = name
         self.n_bytes = n_bytes
         self.n_tokens = 0

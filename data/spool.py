@@ -27,7 +27,7 @@ class Part(NamedTuple):
     path: Path
     unit: int
     n_documents: int
-    n_bad: int  # documents left out among them
+    n_bad: int  # documents left out, not in n_documents
     last: bool
     n_tokens: int
     checksum: int  # crc32 of lengths and tokens
@@ -37,11 +37,13 @@ def part_path(folder: Path, unit: int, number: int) -> Path:
     return folder / f"{unit:07}-{number:05}.part"
 
 
-def write_part(path: Path, lengths: npt.NDArray[np.uint32], tokens: Tokens, *, n_bad: int, last: bool) -> Part:
-    """The part appears when all is written. lengths: (n_documents,), of which tokens has sum(lengths)."""
+def write_part(path: Path, lengths: npt.NDArray[np.uint32], tokens: Tokens, *, last: bool) -> Part:
+    """The part appears when all is written. lengths: as read_lengths gives them, of which tokens has sum(lengths)."""
     lengths = lengths.astype(_LENGTH, copy=False)
     checksum = _checksum(lengths, tokens)
-    header = np.array([_FORMAT, len(lengths), n_bad, last, len(tokens), checksum], dtype=_HEADER)
+    n_documents = int(np.count_nonzero(lengths))
+    n_bad = len(lengths) - n_documents
+    header = np.array([_FORMAT, n_documents, n_bad, last, len(tokens), checksum], dtype=_HEADER)
     temporary = path.with_suffix(f".{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -50,7 +52,7 @@ def write_part(path: Path, lengths: npt.NDArray[np.uint32], tokens: Tokens, *, n
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return Part(path, int(path.name.split("-")[0]), len(lengths), n_bad, last, len(tokens), checksum)
+    return Part(path, int(path.name.split("-")[0]), n_documents, n_bad, last, len(tokens), checksum)
 
 
 def read_part(path: Path) -> Part | None:
@@ -58,15 +60,15 @@ def read_part(path: Path) -> Part | None:
     if not path.exists() or path.stat().st_size < _N_HEADER * _HEADER.itemsize:
         return None
     form, n_documents, n_bad, last, n_tokens, checksum = np.fromfile(path, _HEADER, _N_HEADER).tolist()
-    size_bytes = _N_HEADER * _HEADER.itemsize + n_documents * _LENGTH.itemsize + n_tokens * TOKEN.itemsize
+    size_bytes = _N_HEADER * _HEADER.itemsize + (n_documents + n_bad) * _LENGTH.itemsize + n_tokens * TOKEN.itemsize
     if form != _FORMAT or path.stat().st_size != size_bytes:
         return None
     return Part(path, int(path.name.split("-")[0]), n_documents, n_bad, bool(last), n_tokens, checksum)
 
 
 def read_lengths(part: Part) -> npt.NDArray[np.uint32]:
-    """Tokens of each document, shape (n_documents,)."""
-    return np.fromfile(part.path, _LENGTH, part.n_documents, offset=_N_HEADER * _HEADER.itemsize)
+    """Tokens of each document, shape (n_documents + n_bad,); none: it is left out."""
+    return np.fromfile(part.path, _LENGTH, part.n_documents + part.n_bad, offset=_N_HEADER * _HEADER.itemsize)
 
 
 def intact_tokens(part: Part) -> Tokens | None:
@@ -74,7 +76,7 @@ def intact_tokens(part: Part) -> Tokens | None:
 
     None: the bytes are not those that were written; a power failure can leave a name without them.
     """
-    offset = _N_HEADER * _HEADER.itemsize + part.n_documents * _LENGTH.itemsize
+    offset = _N_HEADER * _HEADER.itemsize + (part.n_documents + part.n_bad) * _LENGTH.itemsize
     tokens = np.fromfile(part.path, TOKEN, part.n_tokens, offset=offset)
     return tokens if _checksum(read_lengths(part), tokens) == part.checksum else None
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +18,8 @@ from data.spool import Part, intact_tokens, part_path, read_part, write_part
 from data.token_file import TOKEN, Tokens
 from data.workers import run_in_processes
 
-_PART_TOKENS = 2**22  # that a process holds before it writes a part
+_PART_TOKENS = 2**22  # that a process holds before it writes a part, and
+_PART_DOCUMENTS = 2**17  # if they are short: each takes a few hundred bytes of Python's objects
 _SMALL_BYTES = 2**20  # of text, for which no process is worth its start
 _CHECKED = 0.005  # of the text is compared with the reference, and
 _CHECKED_CHARACTERS = 2**14  # so much of each unit in any case
@@ -24,7 +27,7 @@ _CHECKED_CHARACTERS = 2**14  # so much of each unit in any case
 
 @dataclass(frozen=True)
 class Job:
-    """limit: only the first so many documents. skip_bad: leave out what cannot be read."""
+    """limit: only the first so many documents. skip_bad: leave out what cannot be read, not counting it."""
 
     source: Source
     encoder: Encoder
@@ -32,18 +35,30 @@ class Job:
     skip_bad: bool = False
 
 
-def tokenise(spool: Path, job: Job, num_proc: int) -> list[Part]:
-    """The parts of all documents up to the limit (the last may hold more), in the order of the documents.
+def tokenise(folder: Path, job: Job, num_proc: int) -> list[Part]:
+    """The parts of all documents up to the limit (more may follow in them), in the order of the documents.
 
     Raises:
         ValueError: a document is broken, or the ids of one are not the reference's.
+        OSError: a file cannot be read, or a part not be written.
     """
     units = plan_units(job.source)
-    total_bytes = sum(unit.n_bytes for unit in units)
-    num_proc = min(num_proc, len(units), 1 + total_bytes // _SMALL_BYTES)
+    num_proc = min(num_proc, len(units), 1 + sum(unit.n_bytes for unit in units) // _SMALL_BYTES)
+    try:
+        return _tokenise_units(folder, job, units, num_proc)
+    except (ValueError, OSError):
+        if job.limit is None or num_proc <= 1:
+            raise
+    # Perhaps behind the limit, where several processes read too: alone, one goes no further than the limit.
+    return _tokenise_units(folder, job, units, 1)
+
+
+def _tokenise_units(folder: Path, job: Job, units: list[Unit], num_proc: int) -> list[Part]:
+    total_bytes = sum(unit.n_bytes for unit in units) if job.limit is None else None
     parts: list[Part] = []
-    task = functools.partial(_tokenise_unit, spool, job, units)
-    answers = run_in_processes(task, _needed(len(units), parts, job.limit), num_proc)
+    task = functools.partial(_tokenise_unit, folder, job, units)
+    items = _needed(len(units), parts, sys.maxsize if job.limit is None else job.limit)
+    answers = run_in_processes(task, items, num_proc)
     with contextlib.closing(answers), Progress("tokenising", total_bytes) as progress:
         for part in answers:
             parts.append(part)
@@ -52,21 +67,33 @@ def tokenise(spool: Path, job: Job, num_proc: int) -> list[Part]:
     return sorted(parts)
 
 
-def _needed(n_units: int, parts: list[Part], limit: int | None) -> Iterator[int]:
-    """The numbers of units, until those that are done, from the first on, have `limit` documents. parts: grows."""
+def _needed(n_units: int, parts: list[Part], limit: int) -> Iterator[tuple[int, int]]:
+    """The numbers of units, each with how many of its documents are needed at most, until `limit` are there.
+
+    parts: those that are done; grows. What counts are the documents before the first unit that is not done.
+    """
+    n_documents: Counter[int] = Counter()  # by unit
+    done: set[int] = set()
+    n_seen = first_open = n_before = 0
     for number in range(n_units):
-        if limit is not None:
-            done = {part.unit for part in parts if part.last}
-            first_open = next(unit for unit in range(number + 1) if unit not in done)
-            if sum(part.n_documents for part in parts if part.unit < first_open) >= limit:
-                return
-        yield number
+        for part in parts[n_seen:]:
+            n_documents[part.unit] += part.n_documents
+            if part.last:
+                done.add(part.unit)
+        n_seen = len(parts)
+        while first_open in done:
+            n_before += n_documents[first_open]
+            first_open += 1
+        if n_before >= limit:
+            return
+        yield number, limit - n_before
 
 
-def _tokenise_unit(spool: Path, job: Job, units: list[Unit], number: int) -> Iterator[Part]:
+def _tokenise_unit(folder: Path, job: Job, units: list[Unit], needed: tuple[int, int]) -> Iterator[Part]:
     """The parts of a unit: those that an earlier run wrote, then those that this one writes."""
+    number, limit = needed
     n_parts = n_read = n_documents = 0
-    while part := _usable(part_path(spool, number, n_parts), job):
+    while part := _usable(part_path(folder, number, n_parts), job):
         yield part
         if part.last:
             return
@@ -74,13 +101,12 @@ def _tokenise_unit(spool: Path, job: Job, units: list[Unit], number: int) -> Ite
         n_documents += part.n_documents
         n_read += part.n_documents + part.n_bad
     documents = islice(read_unit(units[number], job.source.text_key), n_read, None)
-    limit = None if job.limit is None else job.limit - n_documents
     end_of_text = np.array([job.encoder.end_of_text], TOKEN)
-    for n, batch in enumerate(_batches(_encode(documents, job), end_of_text, limit), n_parts):
+    for n, batch in enumerate(_batches(_encode(documents, job), end_of_text, limit - n_documents), n_parts):
         # Cast here, all at once: an encoder's ids are wider.
         tokens = np.concatenate([np.empty(0, TOKEN), *batch.arrays], dtype=TOKEN, casting="unsafe")
         lengths = np.array(batch.lengths, dtype=np.uint32)
-        yield write_part(part_path(spool, number, n), lengths, tokens, n_bad=batch.n_bad, last=batch.last)
+        yield write_part(part_path(folder, number, n), lengths, tokens, last=batch.last)
 
 
 def _usable(path: Path, job: Job) -> Part | None:
@@ -93,25 +119,24 @@ class _Batch:
 
     def __init__(self) -> None:
         self.arrays: list[Ids] = []  # of each document its ids, then the end of text
-        self.lengths: list[int] = []  # tokens of each document
+        self.lengths: list[int] = []  # tokens of each document; 0: left out
         self.n_tokens = 0
-        self.n_bad = 0
         self.last = False
 
 
-def _batches(documents: Iterator[Ids | None], end_of_text: Tokens, limit: int | None) -> Iterator[_Batch]:
-    """Cuts documents (None: left out) where a batch has _PART_TOKENS, and ends after `limit` of them."""
+def _batches(documents: Iterator[Ids | None], end_of_text: Tokens, limit: int) -> Iterator[_Batch]:
+    """Cuts documents (None: left out) where a batch is full, and ends after `limit` that are not left out."""
     batch = _Batch()
     n_documents = 0
-    while limit is None or n_documents < limit:
+    while n_documents < limit:
         ids = next(documents, _NO_MORE)
         if ids is _NO_MORE:
             break
-        if batch.n_tokens >= _PART_TOKENS:
+        if batch.n_tokens >= _PART_TOKENS or len(batch.lengths) >= _PART_DOCUMENTS:
             yield batch
             batch = _Batch()
         if ids is None:
-            batch.n_bad += 1
+            batch.lengths.append(0)
             continue
         batch.arrays += (ids, end_of_text)
         batch.lengths.append(len(ids) + 1)

@@ -27,7 +27,7 @@ from data.documents import Source, find_files, plan_units, read_unit
 from data.encoders import Encoder, Tiktoken, best_encoder, build_encoder
 from data.meta import file_sha256, read_meta, settle
 from data.placement import lay_out
-from data.spool import read_part
+from data.spool import Part, read_lengths, read_part
 from data.tokenise import Job
 from data.tokenizer import gpt2_encoding
 
@@ -149,6 +149,35 @@ def test_a_limit_takes_the_first_documents_and_splits_those(tmp_path: Path, num_
     for limit in (2, 777, 5000):
         prepare(path, tmp_path / str(limit), num_proc=num_proc, limit=limit)
         assert prepared(tmp_path / str(limit)) == nanogpt(rows[:limit])
+
+
+@pytest.mark.parametrize("num_proc", [1, 3])
+@pytest.mark.usefixtures("small_units")
+def test_behind_a_limit_nothing_counts_whatever_the_number_of_processes(tmp_path: Path, num_proc: int) -> None:
+    rows = texts(300)
+    path, expected = jsonl(tmp_path / "a.jsonl", rows), nanogpt(rows[:50])
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:20], "before", *lines[20:50], *("behind",) * 3, *lines[50:], "behind"] * 2))
+    prepare(path, tmp_path / "out", num_proc=num_proc, limit=50, skip_bad=True)
+    meta = read_meta(tmp_path / "out")
+    assert meta is not None
+    assert (prepared(tmp_path / "out"), meta.documents_left_out) == (expected, 1)
+    with pytest.raises(ValueError, match=r"line 21: is no JSON"):
+        prepare(path, tmp_path / "out", num_proc=num_proc, limit=50)
+    path.write_text(path.read_text().replace("before\n", ""))
+    prepare(path, tmp_path / "out", num_proc=num_proc, limit=50)
+    assert prepared(tmp_path / "out") == expected
+
+
+def test_a_limit_costs_no_more_for_each_unit_where_there_are_many() -> None:
+    parts: list[Part] = []
+    start_s = time.process_time()
+    for number, needed in tokenise._needed(20_000, parts, 30_000):
+        assert needed == 30_000 - 2 * max(0, number - 2)
+        if number >= 2:  # two processes are at work
+            parts.append(Part(Path(), number - 2, 2, 0, True, 9, 0))
+    assert len(parts) == 15_000
+    assert time.process_time() - start_s < 2
 
 
 def test_meta_json_tells_counts_hashes_and_source(tmp_path: Path) -> None:
@@ -282,6 +311,24 @@ def test_pass_1_goes_on_after_its_finished_parts(tmp_path: Path) -> None:
     assert not all(part.last for part in parts)  # also in the middle of a unit
     pipeline.prepare(Job(source, cast(Encoder, second)), out, num_proc=1)
     assert second.texts == rows[n_finished:]
+    assert prepared(out) == nanogpt(rows)
+
+
+@pytest.mark.usefixtures("small_units")
+def test_short_documents_and_those_left_out_fill_a_part_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise, "_PART_DOCUMENTS", 64)
+    rows = [""] * 300 + texts(10)
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    path.write_text("{}\n" * 200 + path.read_text())
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(placement, "_place_part", killed_after(0, placement._place_part))
+        with pytest.raises(Killed):
+            prepare(path, out, skip_bad=True)
+    parts = [part for part in map(read_part, part_paths(out)) if part]
+    assert all(len(read_lengths(part)) == part.n_documents + part.n_bad <= 64 for part in parts)
+    assert sum(part.n_documents for part in parts) == 310
+    prepare(path, out, skip_bad=True)
     assert prepared(out) == nanogpt(rows)
 
 
