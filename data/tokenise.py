@@ -22,7 +22,7 @@ _PART_TOKENS = 2**22  # that a process holds before it writes a part, and
 _PART_DOCUMENTS = 2**17  # if they are short: each takes a few hundred bytes of Python's objects
 _SMALL_BYTES = 2**20  # of text, for which no process is worth its start
 _CHECKED = 0.005  # of the text is compared with the reference, and
-_CHECKED_CHARACTERS = 2**14  # so much of each unit in any case
+_CHECKED_CHARACTERS = 2**14  # so much of each unit in any case; of a longer document its beginning
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,10 @@ def _encode(documents: Iterator[str | Bad], job: Job) -> Iterator[Ids | None]:
         if len(document) <= unchecked:
             unchecked -= len(document)
             _compare(ids, document, job)
+        elif unchecked >= _CHECKED_CHARACTERS:
+            unchecked -= _CHECKED_CHARACTERS
+            beginning = document[:_CHECKED_CHARACTERS]
+            _compare(job.encoder(beginning), beginning, job)
         yield ids
 
 

@@ -651,6 +651,14 @@ def test_ids_that_are_not_the_references_stop_the_run_before_there_are_files(tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_of_long_documents_the_beginning_is_compared_with_the_reference(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("word " * 100_000)
+    job = Job(Source("test", (str(path),) * 2), cast(Encoder, Wrapped(errs_behind=1000)))
+    with pytest.raises(ValueError, match="gives other ids than tiktoken for the document that begins 'word word"):
+        pipeline.prepare(job, tmp_path / "out", num_proc=1)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
