@@ -115,7 +115,8 @@ class Gigatoken:
         self.backend = BPETokenizer.from_tiktoken(ranks_file(), "gpt2", {})
         self.new_letter = re.compile("[" + "".join(f"{first}-{last}" for first, last in new_letters()) + "]")
         # Their first two bytes, for a search that is fast where they are rare: each pattern starts with a fixed byte.
-        # The same two begin 4,096 characters in a row, so each range has those of its ends, and no others.
+        # The same two begin 4,096 characters in a row (64, of three bytes), so each range has those of its ends, and no
+        # others.
         beginnings = {end.encode("utf-8")[:2] for pair in new_letters() for end in pair}
         self.beginnings = [
             re.compile(
