@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer",
         choices=["gigatoken", "tiktoken"],
-        help="the same tokens, fast or slow (default: gigatoken where it is installed)",
+        help="the same tokens, fast or slow (default: gigatoken where its tested version is installed)",
     )
     args = parser.parse_args()
     if args.input and not args.out:
