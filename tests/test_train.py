@@ -490,6 +490,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1_and_a_line_that
     assert not any("Traceback" in line for line in lines)
 
 
+def test_without_stop_on_nan_the_run_goes_to_its_end(launcher: Launcher) -> None:
+    run = launcher.run("train.lr_schedule.lr=1e10", "train.grad_norm_clip=0", "train.stop_on_nan=false")
+    assert run.codes == [1], run.errors  # a state with nan in it is not saved
+    assert run.metrics[-1]["step"] == 12
+    assert not math.isfinite(run.metrics[-1]["val_loss"])
+
+
 @pytest.mark.dist
 def test_a_loss_that_is_not_finite_on_one_worker_leaves_no_other_waiting(launcher: Launcher) -> None:
     only_rank_1 = "import math; env['RANK'] == '1' and setattr(math, 'isfinite', lambda _: False)"

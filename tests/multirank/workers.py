@@ -24,9 +24,7 @@ class WorkerError(AssertionError):
     """What went wrong in the workers: rank and traceback of each that failed."""
 
 
-def run_workers(
-    n: int, function: Callable[..., Any], *args: Any, local_world_size: int | None = None, timeout_s: float = TIMEOUT_S
-) -> list[Any]:
+def run_workers(n: int, function: Callable[..., Any], *args: Any, local_world_size: int | None = None) -> list[Any]:
     """[function(*args) of rank 0, 1, ...], each called in a process of its own with a gloo process group.
 
     `function` is found by its name in its module; arguments and results are pickled.
@@ -45,17 +43,17 @@ def run_workers(
             theirs.close()
             pipes.append(ours)
         try:
-            return _collect(pipes, timeout_s)
+            return _collect(pipes)
         finally:
             for process in processes:
                 process.join(0.5)
                 process.kill()
 
 
-def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
+def _collect(pipes: list[Connection]) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + TIMEOUT_S
     # After the first failure the others get a moment to fail too: theirs may be the cause.
     while len(results) + len(failures) < len(pipes) and time.monotonic() < deadline:
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results and rank not in failures]
@@ -71,7 +69,7 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
     if failures:
         raise WorkerError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
     if len(results) < len(pipes):
-        raise WorkerError(f"ranks {sorted(set(range(len(pipes))) - set(results))} hang after {timeout_s} s")
+        raise WorkerError(f"ranks {sorted(set(range(len(pipes))) - set(results))} hang after {TIMEOUT_S} s")
     return [results[rank] for rank in range(len(pipes))]
 
 
