@@ -19,8 +19,6 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from data.documents import Source, plan_units, read_unit
 from data.encoders import build_encoder
 from data.meta import file_sha256

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a small GPT-2 with four gossip workers on this machine, then shows its loss and what it writes.
 #   bash scripts/quickstart.sh
-#   bash scripts/quickstart.sh train.topology=ring     # any configuration key
+#   bash scripts/quickstart.sh train.topology=ring     # any configuration key but log_dir and log.run_name
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -15,7 +15,7 @@ if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -lt 4 ]; th
 fi
 export OMP_NUM_THREADS=1 # the workers are the parallelism
 run=quickstart-$(date +%Y%m%d-%H%M%S)
-torchrun --standalone --nproc_per_node=4 train.py config/quickstart.toml log.run_name="$run" "$@"
+torchrun --standalone --nproc_per_node=4 train.py config/quickstart.toml "$@" log_dir=log log.run_name="$run"
 
 echo
 echo "The trained model writes:"

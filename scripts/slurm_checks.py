@@ -142,9 +142,10 @@ class Checks:
         job = Job(self._lab, self._folder, "d-16xA100.sh", options=[*SHRUNK, *limit])
         self._require_end(job, "COMPLETED", timeout_s=3 * PATIENCE_S)
         saved, resumed = job.saved_and_resumed()
+        require(saved != [], f"{N_STEPS} steps were done before the time limit came: raise N_STEPS\n{job.log()}")
         require(len(resumed) == int(job.show()["Restarts"]), f"{job.show()['Restarts']} restarts:\n{job.summary()}")
         # The limit may come when the run has just reached its end: then it is started once more, for nothing.
-        require(saved != [] and resumed in (saved, [*saved, N_STEPS]), f"saved: {saved}, went on from: {resumed}")
+        require(resumed in (saved, [*saved, N_STEPS]), f"saved: {saved}, went on from: {resumed}")
         self._require_same_losses(job)
         return f"went on from steps {resumed}, losses equal bit by bit\n{job.summary()}"
 
@@ -213,7 +214,7 @@ class Checks:
         job = Job(self._lab, self._folder, "d-16xA100.sh")
         job.wait_for_log("Step 100,")
         victim = next(line for line in self._lab.processes("node2", WORKER) if "torchrun" not in line)
-        self._lab.kill("node2", victim.split()[0], "KILL")
+        self._lab.kill("node2", victim.split()[0])
         begin = time.monotonic()
         self._require_end(job, "FAILED", timeout_s=120)
         self._require_nothing_left()
@@ -285,18 +286,19 @@ def main() -> int:
     try:
         with SlurmLab(n_nodes=5) as lab:
             checks = Checks(lab, folder)
-            failed = [name for name in chosen if not passes(checks, name)]
+            for name in chosen:
+                if not passes(checks, name):
+                    failed.append(name)
     except LabError as error:
+        shutil.rmtree(folder, ignore_errors=True)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    finally:
-        if not failed:
-            shutil.rmtree(folder)
     if failed:
         print(f"{len(failed)} of {len(chosen)} failed: {', '.join(failed)}; the logs are in {folder}")
         return 1
+    shutil.rmtree(folder)
     print(f"All {len(chosen)} passed")
     return 0
 

@@ -24,6 +24,7 @@ STATE = Path("/var/lib/slurmlab")  # not below /run or /tmp, which may forbid pr
 BRIDGE, NAMESPACE, CABLE = "slurmlab0", "slurmlab-{}", "slurmlab-v{}"
 CONTROLLER, ADDRESS = "slurmlab-ctl", "10.77.0.{}"
 PORTS = {"SlurmctldPort": 16817, "SlurmdPort": 16818}  # not the usual ones, which may be in use here
+GPUS_PER_NODE, CPUS_PER_NODE = 4, 128  # declared to SLURM, not there
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "ip", "unshare", "nsenter")
 PATH = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
 PR_SET_PDEATHSIG = 1  # Linux: prctl.h
@@ -80,9 +81,8 @@ class LabError(RuntimeError):
 class SlurmLab:
     """A cluster of n_nodes for as long as its `with` block runs, and nothing of it afterwards."""
 
-    def __init__(self, n_nodes: int = 4, gpus_per_node: int = 4, cpus_per_node: int = 128) -> None:
+    def __init__(self, n_nodes: int) -> None:
         self.nodes = [f"node{i}" for i in range(1, n_nodes + 1)]
-        self._n_gpus, self._n_cpus = gpus_per_node, cpus_per_node
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}  # by node, and the two of the host
         self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": str(STATE / "slurm.conf")}
 
@@ -138,8 +138,8 @@ class SlurmLab:
         lines = _run(*inside, "ps", "-eo", "pid=,args=").splitlines()
         return [line.strip() for line in lines if re.search(pattern, line)]
 
-    def kill(self, node: str, pid: str, signal_name: str) -> None:
-        _run("nsenter", f"--target={self._init(node)}", "--pid", "--mount", "kill", f"-{signal_name}", pid)
+    def kill(self, node: str, pid: str) -> None:
+        _run("nsenter", f"--target={self._init(node)}", "--pid", "--mount", "kill", "-KILL", pid)
 
     # --- how it is built
 
@@ -163,19 +163,19 @@ class SlurmLab:
             (STATE / folder).mkdir(parents=True, mode=0o755)
         (STATE / "munge" / "key").write_bytes(os.urandom(128))
         (STATE / "munge" / "key").chmod(0o400)
-        for i in range(self._n_gpus):  # only device files make SLURM set CUDA_VISIBLE_DEVICES: copies of /dev/null
+        for i in range(GPUS_PER_NODE):  # only device files make SLURM set CUDA_VISIBLE_DEVICES: copies of /dev/null
             os.mknod(STATE / f"nvidia{i}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         hosts = {"localhost": "127.0.0.1", f"{CONTROLLER} {socket.gethostname()}": ADDRESS.format(1)}
         hosts |= {node: self._address(node) for node in self.nodes}
         (STATE / "hosts").write_text("".join(f"{address}\t{name}\n" for name, address in hosts.items()))
         conf = SLURM_CONF.format(controller=CONTROLLER, address=ADDRESS.format(1), state=STATE)
-        hardware = f"CPUs={self._n_cpus} RealMemory=256000 Gres=gpu:A100:{self._n_gpus} State=UNKNOWN"
+        hardware = f"CPUs={CPUS_PER_NODE} RealMemory=256000 Gres=gpu:A100:{GPUS_PER_NODE} State=UNKNOWN"
         nodes = [f"NodeName={node} NodeAddr={self._address(node)} {hardware}" for node in self.nodes]
         ports = [f"{key}={port}" for key, port in PORTS.items()]
         # PartitionName comes last: it names nodes
         (STATE / "slurm.conf").write_text("\n".join([*ports, *nodes, conf]))
         (STATE / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # or slurmd looks for one in /sys
-        gpus = f"Name=gpu Type=A100 File={STATE}/nvidia[0-{self._n_gpus - 1}] Flags=nvidia_gpu_env"
+        gpus = f"Name=gpu Type=A100 File={STATE}/nvidia[0-{GPUS_PER_NODE - 1}] Flags=nvidia_gpu_env"
         (STATE / "gres.conf").write_text(f"AutoDetect=off\n{gpus}\n")
 
     def _start_host(self) -> None:
