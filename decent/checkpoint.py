@@ -148,7 +148,7 @@ class Checkpoints:
             if not candidates:
                 return 0
             saved, state = self._newest_undamaged(candidates)
-            _check_model(saved, self._about)
+            _require_fit(saved, self._about, self._folder)
         n_workers, n_now = len(saved.workers), self._world.world_size
         same_backend = saved.about["backend"] == self._about["backend"]
         self._model.module.load_state_dict(state["model"])
@@ -211,20 +211,12 @@ def find_start(folder: Path, cfg: "Config") -> list[Path]:
     cfg.checkpoint, which is a checkpoint, a folder of them, or a run directory. None: it starts from scratch.
 
     Raises:
-        ValueError: there is none at cfg.checkpoint, or the newest is of another model or, in `folder`, of another
-            backend, which would start at step 0 among checkpoints of later steps.
+        ValueError: there is none at cfg.checkpoint, or the newest does not fit this run.
     """
-    own = complete(folder)
-    paths = own or (complete_in(Path(cfg.checkpoint)) if cfg.checkpoint else [])
+    paths = complete(folder) or (complete_in(Path(cfg.checkpoint)) if cfg.checkpoint else [])
     if paths:
         with suppress(DamagedCheckpoint):  # who reads it will take the one before
-            saved, about = read_index(paths[-1]), describe(cfg)
-            _check_model(saved, about)
-            if own and saved.about["backend"] != about["backend"]:
-                raise ValueError(
-                    f"{saved.path} is of backend {saved.about['backend']}, this run has {about['backend']}: choose "
-                    f'another log.run_name; with checkpoint = "{saved.path}" it starts from those weights'
-                )
+            _require_fit(read_index(paths[-1]), describe(cfg), folder)
     return paths
 
 
@@ -234,7 +226,12 @@ def describe(cfg: "Config") -> dict[str, Any]:
     return {"backend": cfg.train.backend, "optimizer": cfg.train.optim.name, "model": model}
 
 
-def _check_model(saved: Saved, about: dict[str, Any]) -> None:
+def _require_fit(saved: Saved, about: dict[str, Any], folder: Path) -> None:
+    """
+    Raises:
+        ValueError: it is of another model or, in the run's own `folder`, of another backend, which would start at
+            step 0 among checkpoints of later steps.
+    """
     now, then = about["model"], saved.about["model"]
     for key in now:
         if now[key] != then.get(key):
@@ -242,6 +239,11 @@ def _check_model(saved: Saved, about: dict[str, Any]) -> None:
                 f"{saved.path} is of a model with {key} = {then.get(key)}, this one has {key} = {now[key]}; "
                 "set the same, or choose another log.run_name to start anew"
             )
+    if saved.path.parent == folder and saved.about["backend"] != about["backend"]:
+        raise ValueError(
+            f"{saved.path} is of backend {saved.about['backend']}, this run has {about['backend']}: choose "
+            f'another log.run_name; with checkpoint = "{saved.path}" it starts from those weights'
+        )
 
 
 def _to_cpu_memory(t: Tensor) -> Tensor:

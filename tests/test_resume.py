@@ -224,9 +224,12 @@ def test_a_run_that_starts_from_anothers_checkpoint_has_its_own_best_model(launc
     assert (run.dir / "best_model.pth").exists()
 
 
-def test_another_backend_in_the_same_directory_is_refused(launcher: Launcher, tmp_path: Path) -> None:
+@pytest.mark.parametrize("newest", ["whole", "truncated"])
+def test_another_backend_in_the_same_directory_is_refused(launcher: Launcher, tmp_path: Path, newest: str) -> None:
     before = in_place(launcher, tmp_path)
     metrics = before.metrics
+    if newest != "whole":
+        spoil(newest, before.dir / "checkpoint/step-000000012/index.json")
     run = in_place(launcher, tmp_path, "train.backend=pytorchddp")
     assert run.codes == [2]
     assert "is of backend decentdp, this run has pytorchddp: choose another log.run_name" in run.errors[0]
