@@ -44,8 +44,8 @@ class Route:
 
     kind: Literal["stay", "pair", "two_nodes", "group"]
     group: tuple[int, ...]  # ranks that are averaged, sorted
-    send_to: int = -1  # pair: the rank that needs ours; two_nodes: our counterpart on the other node
-    receive_from: int = -1  # pair: the rank that we need, send_to unless the round is directed
+    send_to: int | None = None  # pair: the rank that needs ours; two_nodes: our counterpart on the other node
+    receive_from: int | None = None  # pair: the rank that we need, send_to unless the round is directed
     node: tuple[int, ...] = ()  # two_nodes: the workers of this node
 
 
@@ -139,7 +139,8 @@ class Exchange:
         """The ranks that the exchange in flight waits for, sorted."""
         if self._route is None:
             return ()
-        return tuple(sorted({*self._route.group, self._route.send_to} - {self._rank, -1}))
+        ranks = {*self._route.group, self._route.send_to}
+        return tuple(sorted(rank for rank in ranks if rank is not None and rank != self._rank))
 
     def wait(self) -> None:
         """Until the averages are there and the buffers are free again. Raises what the exchange raised. Idempotent."""
