@@ -59,7 +59,7 @@ class DecentDP(nn.Module):
         self.topology = build_topology(topology, dist.get_world_size(), local_world_size)
         self.gossip_every = gossip_every  # k
         self.step = 0  # calls of exchange() so far
-        self._flat = flatten_parameters_(module, multiple_of=local_world_size)  # one 1-D buffer per dtype
+        self._flat = flatten_parameters(module, multiple_of=local_world_size)  # one 1-D buffer per dtype
         # Where the module keeps its parameters: walking it anew in every step would cost as much as a mix.
         self._places = [(m._parameters, k) for m in module.modules() for k, p in m._parameters.items() if p is not None]
         self._addresses = self._find_addresses()
@@ -177,7 +177,7 @@ class DecentDP(nn.Module):
         return [0 if (p := parameters[name]) is None else p.data_ptr() for parameters, name in self._places]
 
 
-def flatten_parameters_(module: nn.Module, *, multiple_of: int = 1) -> list[Tensor]:
+def flatten_parameters(module: nn.Module, *, multiple_of: int = 1) -> list[Tensor]:
     """Makes the parameters views of one zero-padded 1-D buffer per dtype and returns the buffers.
 
     A buffer's length is divisible by `multiple_of`.
