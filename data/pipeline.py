@@ -74,11 +74,11 @@ def prepare(job: Job, out: Path, *, num_proc: int) -> Meta:
     with _alone(spool):
         try:
             fingerprint = _fingerprint(job.source, job.limit)  # once: what is recorded is what was there at the start
-            folder = _only_folder_of_(spool, job, fingerprint)
+            folder = _only_folder_of(spool, job, fingerprint)
             if not _is_filled(folder, out, job):
-                plan = _fill_(folder, job, fingerprint, num_proc)
+                plan = _fill(folder, job, fingerprint, num_proc)
                 _describe_(folder, job, fingerprint, plan)
-            return _publish_(folder, out)
+            return _publish(folder, out)
         finally:
             _remove_if_useless(spool, created)
 
@@ -93,7 +93,7 @@ def _alone(spool: Path) -> Iterator[None]:
         yield
 
 
-def _only_folder_of_(spool: Path, job: Job, fingerprint: str) -> Path:
+def _only_folder_of(spool: Path, job: Job, fingerprint: str) -> Path:
     """The folder of a job, after removing those of others, and what a kill left half-written in it."""
     # Not skip_bad: it decides which parts can be used, not what they hold.
     identity = f"format {_FORMAT}, {job.encoder.name} {job.encoder.version}, {fingerprint}"
@@ -130,7 +130,7 @@ def _is_filled(folder: Path, out: Path, job: Job) -> bool:
     )
 
 
-def _fill_(folder: Path, job: Job, fingerprint: str, num_proc: int) -> placement.Plan:
+def _fill(folder: Path, job: Job, fingerprint: str, num_proc: int) -> placement.Plan:
     """Both passes: after them train.bin and val.bin in the folder hold everything."""
     plan = placement.load(folder)
     if (folder / META).exists() or (plan is not None and plan.n_bad and not job.skip_bad):
@@ -191,7 +191,7 @@ def _describe_(folder: Path, job: Job, fingerprint: str, plan: placement.Plan) -
     write_meta(folder / META, meta)
 
 
-def _publish_(folder: Path, out: Path) -> Meta:
+def _publish(folder: Path, out: Path) -> Meta:
     """Moves the files to where they are looked for, meta.json last: it says that there are some to move."""
     meta = read_meta(folder)
     assert meta is not None

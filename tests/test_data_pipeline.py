@@ -439,7 +439,7 @@ def test_files_that_were_lost_before_they_had_their_names_are_made_again(
     prepare(jsonl(tmp_path / "b.jsonl", rows[::-1]), out)  # of the same size, nearly
     assert prepared(out) != nanogpt(rows)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_publish_", killed_after(0, pipeline._publish_))
+        patch.setattr(pipeline, "_publish", killed_after(0, pipeline._publish))
         with pytest.raises(Killed):
             prepare(path, out)
     for lost in out.glob(".prepare/**/train.bin"):
@@ -463,7 +463,7 @@ def test_files_that_are_whole_only_need_their_names(
             with pytest.raises(Killed):
                 prepare(path, out)
             patch.setattr(Path, "replace", replace)
-            patch.setattr(pipeline, "_fill_", None)
+            patch.setattr(pipeline, "_fill", None)
         prepare(path, out)
     assert prepared(out) == nanogpt(rows)
     assert sorted(file.name for file in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
