@@ -25,15 +25,15 @@ from typing import Any
 
 TOPOLOGIES = ("complete", "ring", "exp", "alternating-exp-ring")
 REFERENCES = ("pytorchddp", "pytorchddp_4mb")  # the faster one counts
+DECENTDP_ARMS = (*TOPOLOGIES, *(f"{t}_bf16" for t in TOPOLOGIES[1:]), "exp_bf16_every8")  # complete sends no bfloat16
 DEFAULT_ARMS = (
     *("none", "pytorchddp", "pytorchddp_4mb", "pytorchddp_16bit", "localsgd8"),
-    *("exp", "alternating-exp-ring", "exp_bf16", "alternating-exp-ring_bf16", "exp_bf16_every8"),
+    *DECENTDP_ARMS,
     *("decent-dp_exp", "decent-dp_exp_adamw"),
 )
 ALL_ARMS = (
     *("none", "none_accumadamw", "pytorchddp", "pytorchddp_4mb", "pytorchddp_16bit", "localsgd8"),
-    *(f"{t}{bf16}{adamw}" for t in TOPOLOGIES for bf16 in ("", "_bf16") for adamw in ("", "_adamw")),
-    *("exp_bf16_every8", "exp_bf16_every8_adamw"),
+    *(f"{arm}{adamw}" for arm in DECENTDP_ARMS for adamw in ("", "_adamw")),
     *(f"decent-dp_{t}{adamw}" for t in TOPOLOGIES[1:] for adamw in ("", "_adamw")),
 )
 FORWARD_SHARE = 1 / 3  # of the computation of a step; a backward costs two forwards

@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import matplotlib.image
 import pytest
 
+from config import TopologyName
 from scripts import netlab, netlab_cluster, netlab_compare
 
 SCRIPT = Path(netlab.__file__)
@@ -78,6 +79,13 @@ def test_every_listed_arm_has_a_name_that_can_be_read() -> None:
     assert [arm.name for arm in netlab_compare.parse_arms("all")] == list(netlab_compare.ALL_ARMS)
     assert set(netlab_compare.DEFAULT_ARMS) <= set(netlab_compare.ALL_ARMS)
     assert [arm.name for arm in netlab_compare.parse_arms("exp,none,exp")] == ["exp", "none"]
+
+
+@pytest.mark.parametrize("which", ["default", "all"])
+def test_the_arms_hold_each_topology_in_each_dtype_that_it_can_send(which: str) -> None:
+    arms = netlab_compare.parse_arms(which)
+    sent = {(arm.topology, arm.bf16) for arm in arms if arm.family == "decentdp" and arm.every == 1}
+    assert sent == {(t, bf16) for t in get_args(TopologyName) for bf16 in (False, True)} - {("complete", True)}
 
 
 def test_the_hidden_share_is_what_the_step_did_not_wait_for() -> None:
