@@ -453,21 +453,27 @@ def test_a_failing_worker_fails_the_test() -> None:
         run_workers(2, fail_on_rank_1)
 
 
-def gather_with_an_error_on_rank_1() -> str:
+def share_with_a_mistake_of(rank: int) -> str:
+    """Of rank 0 in what it makes for the others, of another one before it takes part."""
     world = World.from_env()
+
+    def fail() -> str:
+        raise ValueError("no such thing")
+
     try:
         with world.failing_together():
-            if world.rank == 1:
-                raise ValueError("no such thing")
-            world.share_on_node(lambda: "something")
+            if world.rank == rank != 0:
+                fail()
+            world.share_on_node(fail if world.rank == rank else None)
     except ValueError as error:
         return str(error)
     return "nothing was raised"
 
 
-def test_the_mistake_of_one_worker_ends_all_with_its_message() -> None:
-    for message in run_workers(3, gather_with_an_error_on_rank_1):
-        assert message.startswith("rank 1 on ")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_mistake_of_one_worker_ends_all_with_its_message(rank: int) -> None:
+    for message in run_workers(3, share_with_a_mistake_of, rank):
+        assert message.startswith(f"rank {rank} on ")
         assert message.endswith(": no such thing")
 
 
@@ -487,23 +493,3 @@ def share_what_takes_longer_than_the_timeout(store: str) -> str:
 def test_a_node_waits_for_what_its_first_worker_makes_however_long_that_takes(tmp_path: Path) -> None:
     results = run_workers(4, share_what_takes_longer_than_the_timeout, str(tmp_path / "store"), local_world_size=2)
     assert results == ["of 0", "of 0", "of 2", "of 2"]
-
-
-def share_what_fails() -> str:
-    world = World.from_env()
-
-    def fail() -> str:
-        raise ValueError("does not fit")
-
-    try:
-        with world.failing_together():
-            world.share_on_node(fail if world.rank == 0 else None)
-    except ValueError as error:
-        return str(error)
-    return "nothing was raised"
-
-
-def test_what_cannot_be_made_ends_all_workers_with_one_message() -> None:
-    for message in run_workers(2, share_what_fails):
-        assert message.startswith("rank 0 on ")
-        assert message.endswith(": does not fit")
