@@ -17,6 +17,7 @@ from data.token_file import TOKEN, Tokens
 
 _HEADER = np.dtype("<i8")
 _N_HEADER = 6  # numbers: _FORMAT, n_documents, n_bad, last, n_tokens, checksum
+_HEADER_BYTES = _N_HEADER * _HEADER.itemsize
 _FORMAT = 0x3130_6C6F_6F70_73
 _LENGTH = np.dtype("<u4")
 
@@ -31,6 +32,16 @@ class Part(NamedTuple):
     last: bool
     n_tokens: int
     checksum: int  # crc32 of lengths and tokens
+
+    @property
+    def n_read(self) -> int:
+        """Documents of the unit that are in it or left out."""
+        return self.n_documents + self.n_bad
+
+    @property
+    def tokens_offset(self) -> int:
+        """The byte of the file at which the tokens start."""
+        return _HEADER_BYTES + self.n_read * _LENGTH.itemsize
 
 
 def part_path(folder: Path, unit: int, number: int) -> Path:
@@ -57,18 +68,16 @@ def write_part(path: Path, lengths: npt.NDArray[np.uint32], tokens: Tokens, *, l
 
 def read_part(path: Path) -> Part | None:
     """None: absent, or not written by write_part."""
-    if not path.exists() or path.stat().st_size < _N_HEADER * _HEADER.itemsize:
+    if not path.exists() or (size_bytes := path.stat().st_size) < _HEADER_BYTES:
         return None
     form, n_documents, n_bad, last, n_tokens, checksum = np.fromfile(path, _HEADER, _N_HEADER).tolist()
-    size_bytes = _N_HEADER * _HEADER.itemsize + (n_documents + n_bad) * _LENGTH.itemsize + n_tokens * TOKEN.itemsize
-    if form != _FORMAT or path.stat().st_size != size_bytes:
-        return None
-    return Part(path, int(path.name.split("-")[0]), n_documents, n_bad, bool(last), n_tokens, checksum)
+    part = Part(path, int(path.name.split("-")[0]), n_documents, n_bad, bool(last), n_tokens, checksum)
+    return part if form == _FORMAT and size_bytes == part.tokens_offset + n_tokens * TOKEN.itemsize else None
 
 
 def read_lengths(part: Part) -> npt.NDArray[np.uint32]:
-    """Tokens of each document, shape (n_documents + n_bad,); none: it is left out."""
-    return np.fromfile(part.path, _LENGTH, part.n_documents + part.n_bad, offset=_N_HEADER * _HEADER.itemsize)
+    """Tokens of each document, shape (part.n_read,); none: it is left out."""
+    return np.fromfile(part.path, _LENGTH, part.n_read, offset=_HEADER_BYTES)
 
 
 def intact_tokens(part: Part) -> Tokens | None:
@@ -76,8 +85,7 @@ def intact_tokens(part: Part) -> Tokens | None:
 
     None: the bytes are not those that were written; a power failure can leave a name without them.
     """
-    offset = _N_HEADER * _HEADER.itemsize + (part.n_documents + part.n_bad) * _LENGTH.itemsize
-    tokens = np.fromfile(part.path, TOKEN, part.n_tokens, offset=offset)
+    tokens = np.fromfile(part.path, TOKEN, part.n_tokens, offset=part.tokens_offset)
     return tokens if _checksum(read_lengths(part), tokens) == part.checksum else None
 
 

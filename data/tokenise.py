@@ -43,23 +43,23 @@ def tokenise(folder: Path, job: Job, num_proc: int) -> list[Part]:
         OSError: a file cannot be read, or a part not be written.
     """
     units = plan_units(job.source)
-    num_proc = min(num_proc, len(units), 1 + sum(unit.n_bytes for unit in units) // _SMALL_BYTES)
+    n_bytes = sum(unit.n_bytes for unit in units)
+    num_proc = min(num_proc, len(units), 1 + n_bytes // _SMALL_BYTES)
     try:
-        return _tokenise_units(folder, job, units, num_proc)
+        return _tokenise_units(folder, job, units, n_bytes, num_proc)
     except (ValueError, OSError):
         if job.limit is None or num_proc <= 1:
             raise
     # Perhaps behind the limit, where several processes read too: alone, one goes no further than the limit.
-    return _tokenise_units(folder, job, units, 1)
+    return _tokenise_units(folder, job, units, n_bytes, 1)
 
 
-def _tokenise_units(folder: Path, job: Job, units: list[Unit], num_proc: int) -> list[Part]:
-    total_bytes = sum(unit.n_bytes for unit in units) if job.limit is None else None
+def _tokenise_units(folder: Path, job: Job, units: list[Unit], n_bytes: int, num_proc: int) -> list[Part]:
     parts: list[Part] = []
     task = functools.partial(_tokenise_unit, folder, job, units)
     items = _needed(len(units), parts, sys.maxsize if job.limit is None else job.limit)
     answers = run_in_processes(task, items, num_proc)
-    with contextlib.closing(answers), Progress("tokenising", total_bytes) as progress:
+    with contextlib.closing(answers), Progress("tokenising", n_bytes if job.limit is None else None) as progress:
         for part in answers:
             parts.append(part)
             # of a unit in several parts nobody knows how many bytes each is: they count when it ends
@@ -99,7 +99,7 @@ def _tokenise_unit(folder: Path, job: Job, units: list[Unit], needed: tuple[int,
             return
         n_parts += 1
         n_documents += part.n_documents
-        n_read += part.n_documents + part.n_bad
+        n_read += part.n_read
     documents = islice(read_unit(units[number], job.source.text_key), n_read, None)
     end_of_text = np.array([job.encoder.end_of_text], TOKEN)
     for n, batch in enumerate(_batches(_encode(documents, job), end_of_text, limit - n_documents), n_parts):
