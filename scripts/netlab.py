@@ -5,7 +5,7 @@ each node's link in both directions, as the port of a switch does; workers of on
 has no limit. Needs Linux, root and iproute2. Workers run on the CPU.
 
     python scripts/netlab.py run --nodes 4 --bandwidth 200mbit -- train.py config/quickstart.toml train.n_steps=100
-    python scripts/netlab.py compare --nodes 4 --procs 1 --bandwidth 1gbit,300mbit,100mbit --png compare.png
+    python scripts/netlab.py compare --nodes 4 --bandwidth 1gbit,300mbit,100mbit
     python scripts/netlab.py clean      # removes what a lab that was killed has left
 
 Several labs can run at once; but two comparisons would measure each other.
@@ -173,10 +173,9 @@ def compare_arms(args: argparse.Namespace) -> int:
             scenario = {"bandwidth": rate.text, "bits_per_s": rate.bits_per_s, **json.loads(result.read_text())}
             report["scenarios"].append(scenario)
             print(netlab_compare.table(scenario, settings), flush=True)
-            if args.json:
-                args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            if args.png:
-                netlab_compare.draw(report, args.png)
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            netlab_compare.draw(report, args.png)
+    print(f"wrote {args.json} and {args.png}")
     return 0
 
 

@@ -85,8 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--straggler", type=_at_least(1), default=1, help="one random worker's slowness in each step")
     parser.add_argument("--n-layers", type=_int_from_1, default=8, help="of the GPT that is emulated (%(default)s)")
     parser.add_argument("--n-embd", type=_int_from_1, default=320, help="its width (%(default)s)")
-    parser.add_argument("--json", type=_file_to_write, metavar="FILE", help="write all that was measured")
-    parser.add_argument("--png", type=_file_to_write, metavar="FILE", help="draw the step times")
+    here = "(%(default)s in the current directory, replaced)"
+    parser.add_argument(
+        "--json", type=_file_to_write, default="netlab.json", metavar="FILE", help=f"all that was measured {here}"
+    )
+    parser.add_argument(
+        "--png", type=_file_to_write, default="netlab.png", metavar="FILE", help=f"image of the step times {here}"
+    )
 
 
 def _file_to_write(text: str) -> Path:

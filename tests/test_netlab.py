@@ -36,9 +36,9 @@ OBSTACLE = cannot_build_a_lab()
 needs_lab = pytest.mark.skipif(OBSTACLE is not None, reason=f"no lab: {OBSTACLE}")
 
 
-def run_netlab(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run_netlab(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100, check=False)
 
 
 def namespaces() -> set[str]:
@@ -239,11 +239,14 @@ def nothing_left() -> Iterator[None]:
 def test_bytes_on_the_links_are_those_of_the_algorithms(tmp_path: Path, procs: int, shares: dict[str, float]) -> None:
     result = run_netlab(
         *("compare", "--nodes", 2, "--procs", procs, "--bandwidth", "200mbit", "--arms", ",".join(shares)),
-        *("--rounds", 1, "--json", tmp_path / "c.json", *TINY),
+        *("--rounds", 1, "--json", "c.json", *TINY),
+        cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
     rows = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")][2:]
     assert rows == list(shares)
+    assert result.stdout.splitlines()[-1] == "wrote c.json and netlab.png"
+    assert {path.name for path in tmp_path.iterdir()} == {"c.json", "netlab.png"}
     (scenario,) = json.loads((tmp_path / "c.json").read_text())["scenarios"]
     for arm in netlab_compare.summarize(scenario["arms"]):
         # Headers and barriers come on top, and alone they are less than 1% of S.
