@@ -169,15 +169,30 @@ def test_behind_a_limit_nothing_counts_whatever_the_number_of_processes(tmp_path
     assert prepared(tmp_path / "out") == expected
 
 
+def lines_until_a_limit(n_units: int) -> int:
+    """How many lines of Python hand out the units, of two documents each, of which a limit takes three quarters."""
+    n_lines, parts, limit = 0, [], n_units * 3 // 2
+
+    def count(*_: object) -> Callable[..., Any]:
+        nonlocal n_lines
+        n_lines += 1
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        for number, needed in tokenise._needed(n_units, parts, limit):
+            assert needed == limit - 2 * max(0, number - 2)
+            if number >= 2:  # two processes are at work
+                parts.append(Part(Path(), number - 2, 2, 0, True, 9, 0))
+    finally:
+        sys.settrace(before)
+    assert len(parts) == limit // 2
+    return n_lines
+
+
 def test_a_limit_costs_no_more_for_each_unit_where_there_are_many() -> None:
-    parts: list[Part] = []
-    start_s = time.process_time()
-    for number, needed in tokenise._needed(20_000, parts, 30_000):
-        assert needed == 30_000 - 2 * max(0, number - 2)
-        if number >= 2:  # two processes are at work
-            parts.append(Part(Path(), number - 2, 2, 0, True, 9, 0))
-    assert len(parts) == 15_000
-    assert time.process_time() - start_s < 2
+    assert lines_until_a_limit(2000) < 11 * lines_until_a_limit(200)  # some 80 times if each looked at all before
 
 
 def test_meta_json_tells_counts_hashes_and_source(tmp_path: Path) -> None:
