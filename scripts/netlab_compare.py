@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", type=_file_to_write, default="netlab.json", metavar="FILE", help=f"all that was measured {here}"
     )
     parser.add_argument(
-        "--png", type=_file_to_write, default="netlab.png", metavar="FILE", help=f"image of the step times {here}"
+        "--png", type=_png_to_write, default="netlab.png", metavar="FILE", help=f"image of the step times {here}"
     )
 
 
@@ -99,6 +99,12 @@ def _file_to_write(text: str) -> Path:
     if not path.parent.is_dir():  # known now, not after half an hour of measuring
         raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
     return path
+
+
+def _png_to_write(text: str) -> Path:
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text} does not end in .png")
+    return _file_to_write(text)
 
 
 def _int_from_1(text: str) -> int:

@@ -186,6 +186,8 @@ def modules_after(module: str) -> set[str]:
         (["compare", "--straggler", "0.5"], "0.5 is not a number from 1 on"),
         (["compare", "--steps", "0"], "0 is not a whole number from 1 on"),
         (["compare", "--json", "/nowhere/x.json"], "there is no directory /nowhere"),
+        (["compare", "--png", "/nowhere/x.png"], "there is no directory /nowhere"),
+        (["compare", "--png", "x.xyz"], "x.xyz does not end in .png"),
         (["compare", "--bandwidth", "fast"], "'fast' is not a bandwidth"),
     ],
 )
@@ -193,7 +195,7 @@ def test_a_mistake_in_the_arguments_is_exit_code_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        netlab.main(arguments)
+        netlab.parse_args(arguments)  # not main, which would start to measure
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
