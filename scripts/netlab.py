@@ -87,7 +87,8 @@ def _add_cluster(parser: argparse.ArgumentParser, bandwidths: str) -> None:
     parser.add_argument("--nodes", type=_count, default=2, help="network namespaces (%(default)s)")
     parser.add_argument("--procs", type=_count, default=1, help="workers on each node (%(default)s)")
     parser.add_argument("--bandwidth", type=parse_rates, default="unlimited", metavar="RATE[,RATE...]", help=bandwidths)
-    parser.add_argument("--timeout", type=float, help="seconds, after which the workers are ended (exit code 124)")
+    timeout = "seconds, after which the workers are ended (exit code 124)"
+    parser.add_argument("--timeout", type=netlab_compare.at_least(1), help=timeout)
 
 
 def _count(text: str) -> int:

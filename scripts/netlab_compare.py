@@ -81,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", type=parse_arms, default="default", help='names with commas, or "all" (%(default)s)')
     parser.add_argument("--steps", type=_int_from_1, help="of a block, rounded up to whole periods (4; stragglers: 24)")
     parser.add_argument("--rounds", type=_int_from_1, default=3, help="blocks of each arm, by turns (%(default)s)")
-    parser.add_argument("--compute-ms", type=_at_least(0), default=345, help="forward and backward (%(default)s)")
-    parser.add_argument("--straggler", type=_at_least(1), default=1, help="one random worker's slowness in each step")
+    parser.add_argument("--compute-ms", type=at_least(0), default=345, help="forward and backward (%(default)s)")
+    parser.add_argument("--straggler", type=at_least(1), default=1, help="one random worker's slowness in each step")
     parser.add_argument("--n-layers", type=_int_from_1, default=8, help="of the GPT that is emulated (%(default)s)")
     parser.add_argument("--n-embd", type=_int_from_1, default=320, help="its width (%(default)s)")
     here = "(%(default)s in the current directory, replaced)"
@@ -113,7 +113,7 @@ def _int_from_1(text: str) -> int:
     return int(text)
 
 
-def _at_least(low: float) -> Callable[[str], float]:
+def at_least(low: float) -> Callable[[str], float]:
     def number(text: str) -> float:
         if not low <= float(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} on")

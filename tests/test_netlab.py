@@ -188,6 +188,9 @@ def modules_after(module: str) -> set[str]:
         (["compare", "--json", "/nowhere/x.json"], "there is no directory /nowhere"),
         (["compare", "--png", "/nowhere/x.png"], "there is no directory /nowhere"),
         (["compare", "--png", "x.xyz"], "x.xyz does not end in .png"),
+        (["compare", "--timeout", "0"], "0 is not a number from 1 on"),
+        (["compare", "--timeout", "nan"], "nan is not a number from 1 on"),
+        (["run", "--timeout", "-1", "--", "x.py"], "-1 is not a number from 1 on"),
         (["compare", "--bandwidth", "fast"], "'fast' is not a bandwidth"),
     ],
 )
