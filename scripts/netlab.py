@@ -172,6 +172,9 @@ def compare_arms(args: argparse.Namespace) -> int:
             if code != 0:
                 return code
             scenario = {"bandwidth": rate.text, "bits_per_s": rate.bits_per_s, **json.loads(result.read_text())}
+            if not scenario["arms"]:
+                print(f"netlab.py: no arm can run: {'; '.join(netlab_compare.reasons(scenario))}", file=sys.stderr)
+                return 2
             report["scenarios"].append(scenario)
             print(netlab_compare.table(scenario, settings), flush=True)
             args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -215,13 +215,18 @@ def table(scenario: dict[str, Any], settings: dict[str, Any]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [_row(row, widths) for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|")
-    skipped = [f"{arm['name']}: {arm['skipped']}" for arm in scenario["skipped"]]
-    return "\n".join(["", f"{scenario['bandwidth']}: {describe(scenario, settings)}", "", *lines, "", *skipped])
+    title = f"{scenario['bandwidth']}: {describe(scenario, settings)}"
+    return "\n".join(["", title, "", *lines, "", *reasons(scenario)])
 
 
 def _row(cells: tuple[str, ...], widths: list[int]) -> str:
     padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
     return "| " + " | ".join([cells[0].ljust(widths[0]), *padded[1:]]) + " |"
+
+
+def reasons(scenario: dict[str, Any]) -> list[str]:
+    """Why arms were skipped, a line for each."""
+    return [f"{arm['name']}: {arm['skipped']}" for arm in scenario["skipped"]]
 
 
 def describe(scenario: dict[str, Any], settings: dict[str, Any]) -> str:

@@ -260,6 +260,20 @@ def test_bytes_on_the_links_are_those_of_the_algorithms(tmp_path: Path, procs: i
 
 
 @needs_lab
+@pytest.mark.dist
+@pytest.mark.usefixtures("nothing_left")
+def test_without_an_arm_that_can_run_one_line_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "decent_dp.py").write_text("raise ImportError\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = run_netlab("compare", "--arms", "decent-dp_exp,complete_bf16", *TINY, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("netlab.py: no arm can run: decent-dp_exp: decent-dp is not installed")
+    assert "; complete_bf16: " in line
+    assert not list(tmp_path.glob("netlab.*"))
+
+
+@needs_lab
 @pytest.mark.fault
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
