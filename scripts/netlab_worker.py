@@ -81,7 +81,6 @@ def nothing() -> None:
 class Contender:
     """An arm as the measurement sees it."""
 
-    arm: Arm
     gpt: EmulatedGPT
     model: nn.Module  # gpt or a wrapper of it
     new_optimizer: Callable[[], Optimizer] | None  # None: the wrapper has its own
@@ -104,11 +103,10 @@ def build(arm: Arm, settings: dict[str, Any], gradients: list[list[Tensor]], wor
     torch.manual_seed(0)
     gpt = EmulatedGPT(settings)
     gpt.gradients = gradients
-    base = partial(Contender, arm, gpt)
     builders = {"pytorchddp": _pytorchddp, "localsgd": _localsgd, "decentdp": _decentdp, "decent-dp": _decent_dp}
     if arm.family == "none":
-        return base(gpt, _optimizer(arm, gpt))
-    return builders[arm.family](arm, gpt, world, base)
+        return Contender(gpt, gpt, _optimizer(arm, gpt))
+    return builders[arm.family](arm, gpt, world)
 
 
 def _optimizer(arm: Arm, gpt: nn.Module) -> Callable[[], Optimizer]:
@@ -117,7 +115,7 @@ def _optimizer(arm: Arm, gpt: nn.Module) -> Callable[[], Optimizer]:
     return lambda: AdamW(gpt.parameters(), lr=LR, fused=True)
 
 
-def _pytorchddp(arm: Arm, gpt: EmulatedGPT, world: World, base: Callable[..., Contender]) -> Contender:
+def _pytorchddp(arm: Arm, gpt: EmulatedGPT, world: World) -> Contender:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
     if arm.variant == "4mb":
@@ -129,10 +127,10 @@ def _pytorchddp(arm: Arm, gpt: EmulatedGPT, world: World, base: Callable[..., Co
         dtype = torch.float16  # torch refuses its bfloat16 hook on CPUs
         model.register_comm_hook(dist.group.WORLD, fp16_compress_hook)
     alone = torch.zeros(_numel(gpt), dtype=dtype)
-    return base(model, _optimizer(arm, gpt), exchange_alone=lambda: dist.all_reduce(alone))
+    return Contender(gpt, model, _optimizer(arm, gpt), exchange_alone=lambda: dist.all_reduce(alone))
 
 
-def _localsgd(arm: Arm, gpt: EmulatedGPT, _: World, base: Callable[..., Contender]) -> Contender:
+def _localsgd(arm: Arm, gpt: EmulatedGPT, _: World) -> Contender:
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
     from torch.distributed.optim import PostLocalSGDOptimizer
 
@@ -141,10 +139,10 @@ def _localsgd(arm: Arm, gpt: EmulatedGPT, _: World, base: Callable[..., Contende
         return PostLocalSGDOptimizer(_optimizer(arm, gpt)(), averager)
 
     alone = torch.zeros(_numel(gpt))
-    return base(gpt, new_optimizer, cycle=arm.every, exchange_alone=lambda: dist.all_reduce(alone))
+    return Contender(gpt, gpt, new_optimizer, cycle=arm.every, exchange_alone=lambda: dist.all_reduce(alone))
 
 
-def _decentdp(arm: Arm, gpt: EmulatedGPT, world: World, base: Callable[..., Contender]) -> Contender:
+def _decentdp(arm: Arm, gpt: EmulatedGPT, world: World) -> Contender:
     assert arm.topology is not None
     comm_dtype = torch.bfloat16 if arm.bf16 else None
     model = DecentDP(gpt, arm.topology, world.local_world_size, comm_dtype=comm_dtype, gossip_every=arm.every)
@@ -156,10 +154,10 @@ def _decentdp(arm: Arm, gpt: EmulatedGPT, world: World, base: Callable[..., Cont
             model.exchange()
         model.wait()
 
-    return base(model, _optimizer(arm, gpt), cycle, model.mix, model.exchange, exchange_alone, model.wait)
+    return Contender(gpt, model, _optimizer(arm, gpt), cycle, model.mix, model.exchange, exchange_alone, model.wait)
 
 
-def _decent_dp(arm: Arm, gpt: EmulatedGPT, world: World, base: Callable[..., Contender]) -> Contender:
+def _decent_dp(arm: Arm, gpt: EmulatedGPT, world: World) -> Contender:
     assert arm.topology is not None
     try:
         from decent_dp.ddp import DecentralizedDataParallel  # pyright: ignore[reportMissingImports]
@@ -187,7 +185,7 @@ def _decent_dp(arm: Arm, gpt: EmulatedGPT, world: World, base: Callable[..., Con
             if work is not None:
                 work.wait()
 
-    return base(model, None, cycle, exchange_alone=exchange_alone, drain=drain)
+    return Contender(gpt, model, None, cycle, exchange_alone=exchange_alone, drain=drain)
 
 
 def _fused_adamw(named_parameters: list[tuple[str, Tensor]]) -> Optimizer:
