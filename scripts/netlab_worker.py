@@ -87,7 +87,7 @@ class Contender:
     cycle: int = 1  # steps until the communication repeats
     mix: Callable[[], None] = nothing
     exchange: Callable[[], None] = nothing
-    exchange_alone: Callable[[], None] | None = None  # that of a whole cycle; None: there is none
+    exchange_alone: Callable[[], object] | None = None  # that of a whole cycle; None: there is none
     drain: Callable[[], None] = nothing  # waits for what is still on its way
 
     @property
