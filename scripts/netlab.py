@@ -148,8 +148,8 @@ def run_script(args: argparse.Namespace) -> int:
         for node, rate in enumerate(rates):
             traffic = lab.traffic(node)
             print(
-                f"netlab.py: node {node}, {rate.text}: sent {traffic['sent'] / 1e6:.1f} MB, received "
-                f"{traffic['received'] / 1e6:.1f} MB, {traffic['drops']} packets dropped",
+                f"netlab.py: node {node}, {rate.text}: sent {traffic['sent_bytes'] / 1e6:.1f} MB, received "
+                f"{traffic['received_bytes'] / 1e6:.1f} MB, {traffic['drops']} packets dropped",
                 file=sys.stderr,
             )
     print(f"netlab.py: {time.monotonic() - start:.1f} s", file=sys.stderr)

@@ -88,7 +88,8 @@ class Lab:
         for namespace, device in self._ends(node):
             queues = _tool("tc", "-n", namespace, "-j", "-s", "qdisc", "show", "dev", device)
             drops += sum(queue.get("drops", 0) for queue in json.loads(queues or "[]"))
-        return {"sent": link["stats64"]["tx"]["bytes"], "received": link["stats64"]["rx"]["bytes"], "drops": drops}
+        sent_bytes, received_bytes = (link["stats64"][way]["bytes"] for way in ("tx", "rx"))
+        return {"sent_bytes": sent_bytes, "received_bytes": received_bytes, "drops": drops}
 
     def remove(self) -> None:
         """Ends the processes in this lab's namespaces and removes these; links and limits go with them."""

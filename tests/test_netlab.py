@@ -304,6 +304,7 @@ def test_a_script_that_fails_ends_the_lab_and_its_output_is_shown(tmp_path: Path
     result = run_netlab("run", "--nodes", 2, "--log-dir", tmp_path, "--", script)
     assert result.returncode == 1
     assert "no luck" in result.stdout
+    assert "netlab.py: node 1, unlimited: sent 0." in result.stderr
     assert "no luck" in (tmp_path / "node1.log").read_text() + (tmp_path / "node0.log").read_text()
     assert time.monotonic() - start < 60
 
