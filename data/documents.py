@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+import orjson
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -175,7 +177,7 @@ def _read_lines(
 
 def _text_of(line: bytes, text_key: str) -> str | Bad:
     try:
-        value: Any = json.loads(line)
+        value = _parse(line)
     except ValueError as error:  # of UTF-8 too
         return Bad("", f"is no JSON ({error})")
     except RecursionError:
@@ -186,6 +188,13 @@ def _text_of(line: bytes, text_key: str) -> str | Bad:
         return Bad("", f'has no key "{text_key}"; it has {_listed(value)}: choose one with --text-key')
     text = value[text_key]
     return text if isinstance(text, str) else Bad("", f'"{text_key}" is no text but {json.dumps(text)[:40]}')
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:  # perhaps of what json takes: NaN, half a surrogate pair, a byte order mark
+        return json.loads(line)
 
 
 def _line_number(name: str, position: int) -> int:
