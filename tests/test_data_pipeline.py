@@ -141,6 +141,25 @@ def test_a_line_is_read_once_wherever_units_are_cut(
     assert [text for unit in plan_units(source) for text in read_unit(unit, "text")] == rows
 
 
+@pytest.mark.usefixtures("small_units")
+def test_a_document_may_be_longer_than_a_part(tmp_path: Path) -> None:
+    rows = [*texts(30), "long " * 2000, *texts(30), "longer " * 5000, *texts(30)]
+    prepare(jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out", num_proc=1)
+    assert prepared(tmp_path / "out") == nanogpt(rows)
+
+
+def test_a_line_may_be_what_json_reads_beyond_the_standard(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "byte order mark"}\n'
+        b'{"score": NaN, "text": "not a number"}\n'
+        b'{"id": 123456789012345678901234567890, "text": "large"}\n'
+        b'{"text": "half \\ud800 a pair"}\n'
+    )
+    (unit,) = plan_units(source := Source("test", (str(path),)))
+    assert list(read_unit(unit, source.text_key)) == ["byte order mark", "not a number", "large", "half \ud800 a pair"]
+
+
 @pytest.mark.parametrize("num_proc", [1, 2])
 @pytest.mark.usefixtures("small_units")
 def test_a_limit_takes_the_first_documents_and_splits_those(tmp_path: Path, num_proc: int) -> None:
