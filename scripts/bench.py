@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     exchange.set_defaults(command=bench_exchange)
 
     bench_loader.add_parser(commands, common)
-    prepare = commands.add_parser("prepare", parents=[common], help="of 60 MB of text, in processes of their own")
+    prepare = commands.add_parser("prepare", parents=[common], help="a corpus, in processes of their own")
     bench_prepare.add_arguments(prepare)
     return parser.parse_args(argv)
 
