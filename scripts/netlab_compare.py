@@ -98,6 +98,8 @@ def _file_to_write(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():  # known now, not after half an hour of measuring
         raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a directory")
     return path
 
 

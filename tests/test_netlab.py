@@ -186,6 +186,7 @@ def modules_after(module: str) -> set[str]:
         (["compare", "--straggler", "0.5"], "0.5 is not a number from 1 on"),
         (["compare", "--steps", "0"], "0 is not a whole number from 1 on"),
         (["compare", "--json", "/nowhere/x.json"], "there is no directory /nowhere"),
+        (["compare", "--json", "/"], "/ is a directory"),
         (["compare", "--png", "/nowhere/x.png"], "there is no directory /nowhere"),
         (["compare", "--png", "x.xyz"], "x.xyz does not end in .png"),
         (["compare", "--timeout", "0"], "0 is not a number from 1 on"),
