@@ -2,7 +2,7 @@
 
 Each run is a fresh process with fresh caches of the data sets; the text itself is in the page cache for all. Memory is
 measured in a run of its own, as the sum over all its processes of the proportional set size, where what several share
-counts once. The last arm is a bound: the calls of tiktoken alone, with the documents in memory and no output.
+counts once. The last two arms are bounds: the calls of a tokenizer alone, with the documents in memory and no output.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.documents import Source, plan_units, read_unit
-from data.encoders import build_encoder
+from data.encoders import EncoderName, build_encoder
 from data.meta import file_sha256
 from data.workers import run_in_processes
 from scripts.bench_timing import Result, print_table, pss_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT = "nanoGPT"
-BOUND = "tiktoken's calls"
+TOKENIZERS: tuple[EncoderName, ...] = ("tiktoken", "gigatoken")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def bench_prepare(args: argparse.Namespace) -> list[Result]:
         )
         print(f"{text}: {text.stat().st_size / 1e6:.1f} MB")
         commands = {NANOGPT: [str(ROOT / "scripts" / "nanogpt_prepare.py"), str(text)]}
-        for tokenizer in ("tiktoken", "gigatoken"):
+        for tokenizer in TOKENIZERS:
             script = str(ROOT / "data" / "openwebtext" / "prepare.py")
             options = [f"--input={text}", f"--num-proc={args.num_proc}", f"--tokenizer={tokenizer}"]
             commands[f"ours, {tokenizer}"] = [script, *options, "--out"]
@@ -75,7 +75,8 @@ def bench_prepare(args: argparse.Namespace) -> list[Result]:
             for arm, command in commands.items():
                 seconds, _, hashes[arm] = run(command)
                 times_s[arm].append(seconds)
-            times_s.setdefault(BOUND, []).append(calls_of_tiktoken(text, args.num_proc))
+            for tokenizer in TOKENIZERS:
+                times_s.setdefault(f"{tokenizer}'s calls", []).append(calls_of(tokenizer, text, args.num_proc))
     rows: list[Result] = [
         {
             "arm": arm,
@@ -87,7 +88,7 @@ def bench_prepare(args: argparse.Namespace) -> list[Result]:
         }
         for arm, times in times_s.items()
     ]
-    for row, arm in zip(rows, commands, strict=False):  # not the bound
+    for row, arm in zip(rows, commands, strict=False):  # not the bounds
         row |= {"peak MB": round(peaks_bytes[arm] / 1e6), "SHA-256 of train.bin, val.bin": hashes[arm]}
     if len(set(hashes.values())) > 1:
         print_table(rows)
@@ -115,11 +116,11 @@ def run(command: list[str], *, measure_memory: bool = False) -> tuple[float, int
         return seconds, peak_bytes, " ".join(digests)
 
 
-def calls_of_tiktoken(text: Path, num_proc: int) -> float:
+def calls_of(tokenizer: EncoderName, text: Path, num_proc: int) -> float:
     """Seconds in which so many processes encode all documents of a file."""
     units = plan_units(Source("", (str(text),)))
     documents = [document for unit in units for document in read_unit(unit, "text") if isinstance(document, str)]
-    encode = build_encoder("tiktoken")
+    encode = build_encoder(tokenizer)
 
     def encode_share(first: int) -> Iterator[int]:
         yield sum(len(encode(document)) for document in documents[first::num_proc])
