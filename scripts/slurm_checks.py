@@ -53,6 +53,9 @@ UNTIMED = ("step", "val_loss", "train_loss", "lr", "consensus_distance")  # keys
 SUMMARY = re.compile(r"INFO\] (Restart number|Resumed|Asked|Saved checkpoint|Step)|ERROR|error:|CANCELLED|rank \d+:")
 
 
+BACKENDS = {"d-16xA100.sh": (), "16xA100.sh": ("train.backend=pytorchddp", "train.optim.name=adamw")}
+
+
 class CheckError(AssertionError):
     """Something is not as it should be; the message says what was seen."""
 
@@ -65,7 +68,8 @@ class Job:
         torchrun = shutil.which("torchrun")
         require(torchrun is not None, "torchrun is not in PATH")
         command = ["sbatch", "--parsable", "--account=project", f"--output={folder}/%j.out", *options]
-        arguments = [str(folder / "config.toml"), f"log_dir={folder}", *overrides]
+        arguments = [str(folder / "config.toml"), f"log_dir={folder}", *BACKENDS[script], *overrides]
+        self.script = script
         self.id = lab.slurm(*command, f"scripts/{script}", str(torchrun), *arguments).strip()
         self._output, self.run_dir = folder / f"{self.id}.out", folder / self.id
 
@@ -120,13 +124,12 @@ class Checks:
 
     def __init__(self, lab: SlurmLab, folder: Path) -> None:
         self._lab, self._folder = lab, folder
-        self._undisturbed: list[dict[str, float]] | None = None
+        self._undisturbed: dict[str, list[dict[str, float]]] = {}  # by script
         (folder / "config.toml").write_text(CONFIG)
 
     def check_all_reduce(self) -> str:
         """16xA100.sh as it is, with 4 x 4 workers, trains to the end."""
-        options = ["train.backend=pytorchddp", "train.optim.name=adamw", "train.n_steps=30", "log.eval_interval=15"]
-        job = Job(self._lab, self._folder, "16xA100.sh", *options, options=[])
+        job = Job(self._lab, self._folder, "16xA100.sh", "train.n_steps=30", "log.eval_interval=15", options=[])
         self._require_end(job, "COMPLETED")
         require("16 workers, 4 on each node, cpu" in job.log(), job.log())
         require(len(job.metrics()) == 2, f"metrics.jsonl: {job.metrics()}")
@@ -134,12 +137,19 @@ class Checks:
 
     def check_decentralized(self) -> str:
         """d-16xA100.sh, with 4 x 2 workers, trains to the end."""
-        return f"8 workers on 4 nodes, val_loss {self.undisturbed()[-1]['val_loss']:.6f} after {N_STEPS} steps"
+        losses = self.undisturbed("d-16xA100.sh")
+        return f"8 workers on 4 nodes, val_loss {losses[-1]['val_loss']:.6f} after {N_STEPS} steps"
 
     def check_time_limit(self) -> str:
         """The time limit comes, once or more often: one sbatch, and the losses of a run without a limit."""
-        limit = ["--time=2", "--signal=B:USR1@60"]
-        job = Job(self._lab, self._folder, "d-16xA100.sh", options=[*SHRUNK, *limit])
+        return self._reach_the_time_limit("d-16xA100.sh")
+
+    def check_time_limit_all_reduce(self) -> str:
+        """The same with 16xA100.sh."""
+        return self._reach_the_time_limit("16xA100.sh")
+
+    def _reach_the_time_limit(self, script: str) -> str:
+        job = Job(self._lab, self._folder, script, options=[*SHRUNK, "--time=2", "--signal=B:USR1@60"])
         self._require_end(job, "COMPLETED", timeout_s=3 * PATIENCE_S)
         saved, resumed = job.saved_and_resumed()
         require(saved != [], f"{N_STEPS} steps were done before the time limit came: raise N_STEPS\n{job.log()}")
@@ -200,8 +210,8 @@ class Checks:
         return self._require_saved_and_gone_on(job) + f" on {nodes}"
 
     def check_preemption(self) -> str:
-        """A more urgent job needs the nodes: this one saves, waits, and goes on after it."""
-        job = Job(self._lab, self._folder, "d-16xA100.sh")
+        """A more urgent job needs the nodes: this one, of 16xA100.sh, saves, waits, and goes on after it."""
+        job = Job(self._lab, self._folder, "16xA100.sh")
         job.wait_for_log("Step 100,")
         urgent = ["--partition=urgent", "--account=project", f"--nodes={len(self._lab.nodes)}", "--exclusive"]
         command = ["srun", "--ntasks-per-node=1", *urgent, "sleep", "5"]
@@ -230,21 +240,21 @@ class Checks:
 
     # ---
 
-    def undisturbed(self) -> list[dict[str, float]]:
-        """The losses of a run of d-16xA100.sh."""
-        if self._undisturbed is None:
-            job = Job(self._lab, self._folder, "d-16xA100.sh")
+    def undisturbed(self, script: str) -> list[dict[str, float]]:
+        """The losses of a run of this script."""
+        if script not in self._undisturbed:
+            job = Job(self._lab, self._folder, script)
             self._require_end(job, "COMPLETED")
             require(job.show()["Restarts"] == "0", str(job.show()))
-            self._undisturbed = job.metrics()
-        return self._undisturbed
+            self._undisturbed[script] = job.metrics()
+        return self._undisturbed[script]
 
     def _require_end(self, job: Job, state: str, timeout_s: float = PATIENCE_S) -> None:
         ended = job.wait_for_end(timeout_s)
         require(ended == state, f"job {job.id} ended as {ended}, not {state}:\n{job.log()}")
 
     def _require_same_losses(self, job: Job) -> None:
-        found, wanted = job.metrics(), self.undisturbed()
+        found, wanted = job.metrics(), self.undisturbed(job.script)
         require(found == wanted, f"{found}\nwithout an interruption:\n{wanted}")
 
     def _require_saved_and_gone_on(self, job: Job) -> str:
