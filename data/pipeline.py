@@ -133,7 +133,8 @@ def _is_filled(folder: Path, out: Path, job: Job) -> bool:
 def _fill(folder: Path, job: Job, fingerprint: str, num_proc: int) -> placement.Plan:
     """Both passes: after them train.bin and val.bin in the folder hold everything."""
     plan = placement.load(folder)
-    if (folder / META).exists() or (plan is not None and plan.n_bad and not job.skip_bad):
+    useless = plan is not None and ((plan.n_bad and not job.skip_bad) or not placement.is_whole(folder, plan))
+    if (folder / META).exists() or useless:
         for name in (placement.NAME, META):  # the plan first: by it, parts that are missing are placed
             (folder / name).unlink(missing_ok=True)
         plan = None

@@ -84,6 +84,13 @@ def load(folder: Path) -> Plan | None:
     return Plan(lengths, parts.tolist(), part_documents.tolist(), int(n_bad))
 
 
+def is_whole(folder: Path, plan: Plan) -> bool:
+    """Whether what is placed is still there: the files, if parts are deleted."""
+    return all((folder / f"{split}.bin").exists() for split in ("train", "val")) or all(
+        (folder / name).exists() for name in plan.parts
+    )
+
+
 def place(folder: Path, plan: Plan, num_proc: int) -> None:
     """Writes the documents of all parts that are there to train.bin and val.bin, and deletes the parts."""
     layout = lay_out(plan.lengths)

@@ -465,6 +465,24 @@ def test_a_plan_without_the_bad_documents_goes_before_the_parts_that_are_left(
     assert prepared(out) == nanogpt(rows)
 
 
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_file_that_is_lost_with_what_was_placed_in_it_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    rows = texts(1000)
+    path, out = jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out"
+    monkeypatch.setattr(placement, "_SYNC_BYTES", 1)  # each part is deleted when it is placed
+    with monkeypatch.context() as patch:
+        patch.setattr(placement, "_place_part", killed_after(3, placement._place_part))
+        with pytest.raises(Killed):
+            prepare(path, out)
+    (lost,) = out.glob(f".prepare/*/{split}.bin")
+    lost.unlink()
+    prepare(path, out)
+    assert prepared(out) == nanogpt(rows)
+
+
 def test_files_that_were_lost_before_they_had_their_names_are_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
