@@ -40,6 +40,13 @@ def gigatoken() -> Gigatoken:
     return encoder
 
 
+def test_a_vocabulary_that_16_bits_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiktoken.Encoding, "n_vocab", 2**16 + 1)
+    for name in ("tiktoken", "gigatoken"):
+        with pytest.raises(ValueError, match=f"{name}: a vocabulary of 65537 tokens does not fit into 16 bits"):
+            build_encoder(name)
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_has_the_ids_of_encode_ordinary(gigatoken: Gigatoken, name: str) -> None:
     text = HOSTILE[name]
