@@ -78,7 +78,8 @@ class Report:
         n_steps = self.cfg.train.n_steps
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=quiet)
         if self.world.rank == 0:
-            forget_metrics(self.run_dir / "metrics.jsonl", after_step=first_step)
+            with training_goes_on("metrics.jsonl"):
+                forget_metrics(self.run_dir / "metrics.jsonl", after_step=first_step)
             if self.cfg.log.wandb_log:
                 self.wandb = wandb.init(
                     project=self.cfg.log.wandb_project,
@@ -188,7 +189,10 @@ class Report:
             "val_loss": val_loss,
         }
         try:
-            torch.save(best, path.with_suffix(".tmp"))
+            with open(path.with_suffix(".tmp"), "wb") as file:
+                torch.save(best, file)
+                file.flush()
+                os.fsync(file.fileno())
             path.with_suffix(".tmp").replace(path)  # whole or not at all
         finally:
             path.with_suffix(".tmp").unlink(missing_ok=True)

@@ -57,11 +57,14 @@ def main() -> int:
         cfg = load_config(args.config, args.overrides)
     except ValueError as error:
         cfg = error  # raised when the workers have met, for then all end with it
-    with world.connected(cfg.train.timeout_s if isinstance(cfg, Config) else None):
+    timeout_s = cfg.train.timeout_s if isinstance(cfg, Config) else None
+    with world.connected(timeout_s) as store:
+        stop = StopRequest(world, store, timeout_s)
         try:
-            tune_process()
-            cfg, dataset, run_dir = prepare(world, cfg)
-            saved = train(world, cfg, dataset, run_dir)
+            with stop.naming_the_missing():
+                tune_process()
+                cfg, dataset, run_dir = prepare(world, cfg)
+                saved = train(world, cfg, dataset, run_dir, stop)
         except SetupError as error:
             logger.error(error)  # rank 0 speaks for all
             world.gather(None)  # nobody leaves before it has: torchrun ends the others with the first
@@ -102,18 +105,21 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
             share=world.share_on_node if world.local_world_size > 1 else None,
         )
     with world.failing_together():
-        run_dir = Path(cfg.log_dir) / world.gather(name_of_run(world, cfg))[0]  # clocks differ: rank 0's
+        # A torchrun counts the failures of its own node only.
+        restarted = max(world.gather(world.restart_count)) > 0
+        run_dir = Path(cfg.log_dir) / world.gather(name_of_run(world, cfg, restarted))[0]  # clocks differ: rank 0's
         find_start(run_dir / "checkpoint", cfg)  # a mistake in it is a mistake in the input too
     with world.failing_together():
         if world.rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.toml").write_text(cfg.to_toml())
+            (run_dir / ".config.toml").write_text(cfg.to_toml())
+            (run_dir / ".config.toml").replace(run_dir / "config.toml")  # whole or not at all
             log_to_file(run_dir / "train.log")
             logger.info(meta.describe() if meta else f"corpus: {cfg.data_dir}, which has no meta.json")
     return cfg, dataset, run_dir
 
 
-def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> bool:
+def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, stop: StopRequest) -> bool:
     """Whether the state at its end, or where it was asked to stop, is saved."""
     torch.manual_seed(cfg.train.seed)
     gpt = GPT(cfg.model, cfg.train.context_length).to(world.device)
@@ -125,16 +131,14 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path) -> bo
     torch.manual_seed(cfg.train.seed + 1 + world.rank)  # from here on only dropout draws: not the same on all workers
 
     report = Report(world, cfg, run_dir, gpt)
-    stop = StopRequest(world.device, cfg.train.timeout_s)
     checkpoints = Checkpoints(
         run_dir / "checkpoint", world, model, {"optimizer": optimizer, "scaler": scaler, "report": report}, cfg
     )
-    first_step = checkpoints.restore()
+    first_step = stop.step = checkpoints.restore()
     with (
         closing(local_batches(world, cfg, dataset, "train", first_step, cfg.train.n_steps)) as batches,
         closing(checkpoints),
         report.running(first_step),
-        stop.naming_the_missing(first_step),
     ):
         for step, (x, y) in enumerate(report.timed(batches), first_step):
             lr = lr_at(step, cfg.train.lr_schedule, cfg.train.n_steps)
@@ -187,12 +191,13 @@ def forward_and_backward(
     return loss
 
 
-def name_of_run(world: World, cfg: Config) -> str:
+def name_of_run(world: World, cfg: Config, restarted: bool) -> str:
     """Of its directory. A run that torchrun has started again goes on in the newest one with this configuration."""
     if name := cfg.log.run_name or world.job_id:
         return name
-    if world.restart_count:
-        runs = [path for path in Path(cfg.log_dir).glob("*/config.toml") if path.read_text() == cfg.to_toml()]
+    if restarted:
+        configuration = cfg.to_toml().encode()
+        runs = [path for path in Path(cfg.log_dir).glob("*/config.toml") if path.read_bytes() == configuration]
         if runs:
             return max(runs, key=lambda path: path.stat().st_mtime).parent.name
     return datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -34,6 +34,7 @@ from decent.checkpoint_files import (
     read_worker,
     remove,
     require_files,
+    sync_names,
     write_index,
     write_worker,
 )
@@ -54,7 +55,7 @@ class Stateful(Protocol):
 class Checkpoints:
     """Saves and restores `model`, its exchange, the random numbers of this worker, and `parts`.
 
-    The newest log.keep_checkpoints stay. All methods are collectives.
+    The newest log.keep_checkpoints stay. `save` and `restore` are collectives, and so is making one.
     """
 
     def __init__(
@@ -125,10 +126,12 @@ class Checkpoints:
         if path.exists():  # damaged, or the run would have gone on from it or a later one
             remove(path)
         hidden.rename(path)
+        sync_names(self._folder)  # before older ones go
         logger.info(f"Saved checkpoint {path.name}")
         until_now = [other for other in complete(self._folder) if other.name <= path.name]  # later ones are damaged
         for old in until_now[: -self._cfg.log.keep_checkpoints]:
-            remove(old)
+            if isinstance(error := _try(lambda old=old: remove(old)), str):
+                logger.warning(f"{old} cannot be removed: {error}")
 
     # --- restoring
 

@@ -6,9 +6,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -82,7 +82,9 @@ def read_worker(saved: Saved, rank: int) -> State:
         if _sha256(path) != expected["sha256"]:
             raise DamagedCheckpoint(f"{path}: its SHA-256 is not that of what was written")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+    except DamagedCheckpoint:
+        raise
+    except Exception as error:  # a file made to do harm fails in ways of its own
         raise DamagedCheckpoint(f"{path}: cannot be read: {first_line(error)}") from None
 
 
@@ -165,11 +167,25 @@ def _sha256(path: Path) -> str:
 
 def write_index(folder: Path, step: int, about: dict[str, Any], workers: list[dict[str, Any]]) -> None:
     index: dict[str, Any] = {"format": FORMAT, "step": step, "about": about, "workers": workers}
-    (folder / INDEX).write_text(json.dumps({**index, "sha256": _digest(index)}, indent=1))
+    with open(folder / INDEX, "w") as file:
+        json.dump({**index, "sha256": _digest(index)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_names(folder)
 
 
 def _digest(index: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def sync_names(folder: Path) -> None:
+    """Waits until the disk holds the names in a folder, so that they outlive a power failure."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every network file system can do this
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def remove(path: Path) -> None:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -92,8 +92,8 @@ class World:
             )
 
     @contextmanager
-    def connected(self, timeout_s: float | None = None) -> Generator[None]:
-        """The process group, nccl on GPUs and gloo on CPUs, for as long as the block runs.
+    def connected(self, timeout_s: float | None = None) -> Generator[dist.Store]:
+        """The process group, nccl on GPUs and gloo on CPUs, for as long as the block runs; yields its store.
 
         timeout_s: how long its members wait for each other; None is PyTorch's default.
         """
@@ -109,7 +109,7 @@ class World:
             backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world_size, device_id=device_id
         )
         try:
-            yield
+            yield store
         finally:
             dist.destroy_process_group()
 
@@ -187,16 +187,16 @@ class StopRequest:
 
     LAG = 4  # steps
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-    ROLL_CALL = timedelta(seconds=10)
+    ROLL_CALL_S = 10
 
-    def __init__(self, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, world: World, store: dist.Store, timeout_s: float | None = None) -> None:
+        self.step = 0  # done, of the whole run
+        self._world, self._store = world, store
         self._received = False
-        self._lag = 0 if device.type == "cuda" else self.LAG
-        self._step = 0  # steps done, of the whole run
+        self._lag = 0 if world.device.type == "cuda" else self.LAG
         self._under_way: deque[tuple[Tensor, dist.Work]] = deque()
         # A group of its own, on CPUs also where the others are on GPUs: reading the answer must not wait for a GPU.
-        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self._roll_call: Any = dist.new_group(backend="gloo")  # a time-out closes the connections of its group
+        self._group: Any = dist.new_group(backend="gloo", timeout=group_timeout(timeout_s, torch.device("cpu")))
         for number in self.SIGNALS:
             signal.signal(number, self._receive)
 
@@ -205,7 +205,7 @@ class StopRequest:
 
     def agreed(self, step: int) -> bool:
         """Whether to stop after this step, the `step`-th. Called by all workers once in every step."""
-        self._step = step
+        self.step = step
         flag = torch.tensor(float(self._received))
         work = dist.all_reduce(flag, group=self._group, async_op=True)
         assert work is not None
@@ -217,24 +217,41 @@ class StopRequest:
         return flag.item() > 0
 
     @contextmanager
-    def naming_the_missing(self, step: int) -> Generator[None]:
+    def naming_the_missing(self) -> Generator[None]:
         """Turns what the backend says of a failed collective into a PeerError that names the ranks which are missing.
 
-        All workers that are left come here, each with an error of its own. step: steps done before the block.
+        All workers that are left come here, each with an error of its own.
         """
-        self._step = step
         try:
             yield
         except PeerError:  # says it already
+            self._answer_roll_call()
             raise
         except RuntimeError as error:
             reason = first_line(error)
             if not isinstance(error, dist.DistError) and "gloo" not in reason:
                 raise
-            try:
-                dist.monitored_barrier(self._roll_call, timeout=self.ROLL_CALL, wait_all_ranks=True)
-            except RuntimeError as missing:
-                reason = f"{first_line(missing)}; {reason}"
-            raise PeerError(f"after step {self._step}: a collective failed: {reason}") from error
+            raise PeerError(f"after step {self.step}: {self._call_roll()}: {reason}") from error
         finally:  # there is nothing left to stop: a second signal must not kill a worker that is on its way out
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def _call_roll(self) -> str:
+        """Who does not answer. In the store: the connections of a group are of no use when one of them has failed."""
+        if not self._answer_roll_call():
+            return "waited in vain for rank 0, and the store is gone with it"
+        deadline_s = time.monotonic() + self.ROLL_CALL_S
+        keys = {rank: f"roll_call/{rank}" for rank in range(self._world.world_size)}
+        with suppress(RuntimeError):  # rank 0 has ended meanwhile, and the store with it
+            while keys and time.monotonic() < deadline_s:
+                keys = {rank: key for rank, key in keys.items() if not self._store.check([key])}
+                time.sleep(0.02)
+        ranks = ", ".join(map(str, keys))
+        return f"waited in vain for rank{'s' * (len(keys) > 1)} {ranks}" if keys else "all are there, but a call failed"
+
+    def _answer_roll_call(self) -> bool:
+        """False: there is nobody to write it down."""
+        try:
+            self._store.set(f"roll_call/{self._world.rank}", "here")
+        except RuntimeError:
+            return False
+        return True

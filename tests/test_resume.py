@@ -76,18 +76,20 @@ if True:
 """
 QUICK_ROLL_CALL = """
     import decent.world
-    decent.world.StopRequest.ROLL_CALL = datetime.timedelta(seconds=1)
+    decent.world.StopRequest.ROLL_CALL_S = 1
 """
 
-CASES = {
-    "complete": ("train.topology=complete",),
-    "ring": ("train.topology=ring",),
-    "exp": ("train.topology=exp",),
-    "alternating-exp-ring": ("train.topology=alternating-exp-ring",),
-    "bf16": ("train.topology=exp", "train.comm_dtype=bfloat16"),
-    "gossip_every": ("train.topology=exp", "train.gossip_every=4"),
-    "adamw": ("train.topology=exp", "train.optim.name=adamw"),
-    "pytorchddp": ("train.backend=pytorchddp",),
+# Workers and nodes: with two workers all topologies are one, and three take turns to send one way or to rest.
+CASES: dict[str, tuple[int, int, list[str]]] = {
+    "complete": (3, 1, ["train.topology=complete"]),
+    "ring": (3, 1, ["train.topology=ring"]),
+    "exp": (4, 1, ["train.topology=exp"]),
+    "exp, not a power of two": (3, 1, ["train.topology=exp"]),
+    "alternating-exp-ring": (4, 2, ["train.topology=alternating-exp-ring"]),
+    "bf16": (2, 1, ["train.topology=exp", "train.comm_dtype=bfloat16"]),
+    "gossip_every": (2, 1, ["train.topology=exp", "train.gossip_every=4"]),
+    "adamw": (2, 1, ["train.topology=exp", "train.optim.name=adamw"]),
+    "pytorchddp": (2, 1, ["train.backend=pytorchddp"]),
 }
 
 
@@ -95,9 +97,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_killed_twice_ends_with_the_same_bits(launcher: Launcher, tmp_path: Path, case: str) -> None:
     """Checkpoints at steps 4, 8, 12: in a window of accum_steps = 3, between two exchanges of gossip_every = 4 ..."""
-    options: dict[str, Any] = {"n": 4, "nodes": 2} if case == "alternating-exp-ring" else {"n": 2}
+    n, nodes, changes = CASES[case]
+    options: dict[str, Any] = {"n": n, "nodes": nodes}
     overrides = (
-        *CASES[case],
+        *changes,
+        "train.global_batch_size=12",
         f"train.n_steps={N_STEPS}",
         "train.optim.accum_steps=3",
         "model.dropout=0.1",
@@ -105,14 +109,14 @@ def test_a_run_killed_twice_ends_with_the_same_bits(launcher: Launcher, tmp_path
         "log.checkpoint_interval=3" if case == "gossip_every" else "log.checkpoint_interval=4",
     )
     undisturbed = in_place(launcher, tmp_path / "whole", *overrides, **options)
-    assert undisturbed.codes == [0] * options["n"], undisturbed.errors
+    assert undisturbed.codes == [0] * n, undisturbed.errors
     for n_steps_until_the_kill in (6, 5):
         killed = in_place(
             launcher, tmp_path / "parts", *overrides, first=KILL_AFTER.format(n=n_steps_until_the_kill), **options
         )
-        assert killed.codes == [137] * options["n"], killed.errors
+        assert killed.codes == [137] * n, killed.errors
     resumed = in_place(launcher, tmp_path / "parts", *overrides, **options)
-    assert resumed.codes == [0] * options["n"], resumed.errors
+    assert resumed.codes == [0] * n, resumed.errors
     assert sum("Resumed from" in line for line in resumed.log) == 2
     assert timeless(resumed) == timeless(undisturbed)
     for a, b in zip(final_states(resumed), final_states(undisturbed), strict=True):
@@ -145,6 +149,19 @@ def test_only_the_newest_checkpoints_stay(launcher: Launcher, tmp_path: Path) ->
     run = in_place(launcher, tmp_path, "log.checkpoint_interval=2", "log.keep_checkpoints=3")
     names = sorted(path.name for path in (run.dir / "checkpoint").iterdir())
     assert names == ["step-000000008", "step-000000010", "step-000000012"]
+
+
+def test_a_checkpoint_is_saved_though_an_older_one_cannot_be_removed(launcher: Launcher, tmp_path: Path) -> None:
+    refuse = """
+import decent.checkpoint
+def refuse(path):
+    raise OSError("not permitted")
+decent.checkpoint.remove = refuse
+"""
+    run = in_place(launcher, tmp_path, "log.keep_checkpoints=1", first=refuse)
+    assert run.codes == [0], run.errors
+    assert any("step-000000005 cannot be removed: not permitted" in line for line in run.log)
+    assert (run.dir / "checkpoint/step-000000012").exists()
 
 
 def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_what_is_saved_now(
@@ -493,16 +510,23 @@ def two_nodes(launcher: Launcher, place: Path, *overrides: str, **env: str) -> "
     return [start(launcher, place, *overrides, n=1, options=options, **env) for _ in range(2)]
 
 
+def rank_of(pid: int) -> int:
+    (rank,) = re.findall(r"(?:^|\0)RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_text())
+    return int(rank)
+
+
 @pytest.mark.fault
 @pytest.mark.dist
-def test_the_torchruns_of_two_nodes_restart_together(launcher: Launcher, tmp_path: Path) -> None:
-    overrides = (*LONG, "train.n_steps=400")
-    nodes = two_nodes(launcher, tmp_path, *overrides, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_torchruns_of_two_nodes_restart_together(launcher: Launcher, tmp_path: Path, rank: int) -> None:
+    overrides = [o for o in LONG if "run_name" not in o and "n_steps" not in o]
+    nodes = two_nodes(launcher, tmp_path, *overrides, "train.n_steps=400", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     wait_for(lambda: len(steps_saved(tmp_path)) == 2)
-    os.kill(workers_of(tmp_path)[0], signal.SIGKILL)
+    (pid,) = [pid for pid in workers_of(tmp_path) if rank_of(pid) == rank]
+    os.kill(pid, signal.SIGKILL)
     assert [node.wait(90) for node in nodes] == [0, 0], (tmp_path / "err").read_text()
-    log = (tmp_path / "log/run/train.log").read_text()
-    assert "Resumed from" in log
+    (run_dir,) = (tmp_path / "log").iterdir()
+    assert "Resumed from" in (run_dir / "train.log").read_text()
     assert steps_saved(tmp_path)[-1] == 400
 
 
@@ -519,24 +543,27 @@ def test_restarts_on_two_nodes_that_could_only_hang_are_refused(launcher: Launch
 
 @pytest.mark.fault
 @pytest.mark.dist
-@pytest.mark.parametrize("backend", ["decentdp", "pytorchddp"])
-def test_a_hanging_worker_is_named(launcher: Launcher, backend: str) -> None:
+@pytest.mark.parametrize(("backend", "rank"), [("decentdp", 1), ("pytorchddp", 1), ("pytorchddp", 0)])
+def test_a_hanging_worker_is_named(launcher: Launcher, backend: str, rank: int) -> None:
     asleep = (
         KILL_AFTER.removeprefix("\nif True:").format(n=6).replace("os._exit(137)", "time.sleep(12)") + QUICK_ROLL_CALL
     )
-    hang = f"import datetime, time\nif os.environ['RANK'] == '1':{asleep}\nelse:{QUICK_ROLL_CALL}"
+    hang = f"import time\nif os.environ['RANK'] == '{rank}':{asleep}\nelse:{QUICK_ROLL_CALL}"
     run = launcher.run(f"train.backend={backend}", "train.timeout_s=4", n=4, first=hang, timeout_s=50)
-    assert run.codes[0] == 1, run.errors[0]
-    assert re.search(r"step \d+: .*[Rr]anks? 1\b", run.errors[0].strip().splitlines()[-1]), run.errors[0]
+    assert run.codes[1 - rank] == 1, run.errors
+    assert re.search(rf"step \d+: .*ranks? {rank}\b", run.errors[1 - rank].strip().splitlines()[-1]), run.errors
 
 
 @pytest.mark.fault
 @pytest.mark.dist
-@pytest.mark.parametrize("owner", ["checkpoint.write_worker", "DecentDP.averaged", "DecentDP.mix"])
+@pytest.mark.parametrize(
+    ("owner", "n_before"),
+    [("checkpoint.write_worker", 1), ("DecentDP.averaged", 1), ("DecentDP.mix", 1), ("Checkpoints.restore", 0)],
+)
 def test_one_worker_killed_ends_all_and_the_run_goes_on_from_the_last_checkpoint(
-    launcher: Launcher, tmp_path: Path, owner: str
+    launcher: Launcher, tmp_path: Path, owner: str, n_before: int
 ) -> None:
-    """In a save, in an evaluation, in a step: each for the second time."""
+    """In a save, in an evaluation, in a step, each for the second time; while the run starts."""
     whole = in_place(launcher, tmp_path / "whole", n=2)
     owner, name = owner.split(".")
     kill = f"""
@@ -544,7 +571,7 @@ import decent.checkpoint
 original = decent.{owner}.{name}
 def dying(*args, calls=[]):
     calls.append(1)
-    if len(calls) == 2 and os.environ["RANK"] == "1":
+    if len(calls) > {n_before} and os.environ["RANK"] == "1":
         os._exit(137)
     return original(*args)
 decent.{owner}.{name} = dying
