@@ -29,7 +29,7 @@ DECENTDP_ARMS = (*TOPOLOGIES, *(f"{t}_bf16" for t in TOPOLOGIES[1:]), "exp_bf16_
 DEFAULT_ARMS = (
     *("none", "pytorchddp", "pytorchddp_4mb", "pytorchddp_16bit", "localsgd8"),
     *DECENTDP_ARMS,
-    *("decent-dp_exp", "decent-dp_exp_adamw"),
+    *("exp_adamw", "decent-dp_exp", "decent-dp_exp_adamw"),  # like against like
 )
 ALL_ARMS = (
     *("none", "none_accumadamw", "pytorchddp", "pytorchddp_4mb", "pytorchddp_16bit", "localsgd8"),
