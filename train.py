@@ -125,9 +125,9 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, stop:
     gpt = GPT(cfg.model, cfg.train.context_length).to(world.device)
     if cfg.train.compile:
         gpt.compile()  # in place: the keys of the state_dict stay those of GPT-2
-    model = wrap(gpt, cfg, world)
-    optimizer = build_optimizer(gpt, cfg.train.optim, cfg.train.lr_schedule.lr, compile=cfg.train.compile)
     autocast, scaler = mixed_precision(cfg, world.device)
+    model = wrap(gpt, cfg, world, autocast)
+    optimizer = build_optimizer(gpt, cfg.train.optim, cfg.train.lr_schedule.lr, compile=cfg.train.compile)
     torch.manual_seed(cfg.train.seed + 1 + world.rank)  # from here on only dropout draws: not the same on all workers
 
     report = Report(world, cfg, run_dir, gpt)
@@ -213,7 +213,7 @@ def tune_process() -> None:
             libc.mallopt(option, value)
 
 
-def wrap(gpt: GPT, cfg: Config, world: World) -> DecentDP | AllReduceDP:
+def wrap(gpt: GPT, cfg: Config, world: World, autocast: AbstractContextManager[Any]) -> DecentDP | AllReduceDP:
     """The data parallel model: either way it has the verbs mix, exchange, averaged and no_sync."""
     if cfg.train.backend == "decentdp":
         comm_dtype = None if cfg.train.comm_dtype == "float32" else getattr(torch, cfg.train.comm_dtype)
@@ -225,7 +225,12 @@ def wrap(gpt: GPT, cfg: Config, world: World) -> DecentDP | AllReduceDP:
             cfg.train.gossip_every,
             cfg.train.timeout_s,
         )
-    return AllReduceDP(gpt, world.device)
+    model = AllReduceDP(gpt, world.device)
+    rows = cfg.train.global_batch_size // world.world_size // cfg.train.micro_batches(world.world_size)
+    tokens = torch.zeros(rows, cfg.train.context_length, dtype=torch.int64, device=world.device)
+    with autocast:
+        model.settle(tokens, tokens)
+    return model
 
 
 def mixed_precision(cfg: Config, device: torch.device) -> tuple[AbstractContextManager[Any], torch.amp.GradScaler]:

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -15,6 +15,15 @@ class AllReduceDP(DistributedDataParallel):
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         super().__init__(module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+    def settle(self, *inputs: Tensor) -> None:
+        """A backward whose gradients are thrown away; inputs: of a micro-batch, for module(*inputs)[1] to be the loss.
+
+        DDP sorts its buckets anew after its first backward, and with the buckets the order changes in which more than
+        two workers' gradients are added. After this every step rounds alike, also the first one of a run that resumes.
+        """
+        self(*inputs)[1].backward()
+        self.zero_grad()
 
     def mix(self) -> None:
         """Nothing: the parameters of the workers are equal."""

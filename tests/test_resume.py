@@ -89,7 +89,7 @@ CASES: dict[str, tuple[int, int, list[str]]] = {
     "bf16": (2, 1, ["train.topology=exp", "train.comm_dtype=bfloat16"]),
     "gossip_every": (2, 1, ["train.topology=exp", "train.gossip_every=4"]),
     "adamw": (2, 1, ["train.topology=exp", "train.optim.name=adamw"]),
-    "pytorchddp": (2, 1, ["train.backend=pytorchddp"]),
+    "pytorchddp": (4, 1, ["train.backend=pytorchddp"]),
 }
 
 
