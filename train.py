@@ -9,7 +9,6 @@ Every worker runs this file from top to bottom; what only one of them does is sa
 import argparse
 import ctypes
 import sys
-from collections.abc import Generator
 from contextlib import AbstractContextManager, closing, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -20,8 +19,8 @@ from loguru import logger
 from torch import Tensor, nn
 
 from config import Config, load_config
-from data import TokenDataset, prefetch
-from data.loader import Split, TokenError
+from data import TokenDataset
+from data.loader import TokenError
 from data.meta import check_meta, read_meta
 from decent import (
     AllReduceDP,
@@ -34,11 +33,11 @@ from decent import (
     build_topology,
     find_start,
 )
+from evaluation import evaluate
 from model import GPT
 from optim import build_optimizer, lr_at
 from report import NonFiniteLoss, Report, log_in_to_wandb, log_to_file, log_to_terminal
 
-IGNORED = -100  # a target that PyTorch's cross entropy leaves out of its mean
 # glibc's malloc.h: number of the option, value
 MALLOC_OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28)}
 
@@ -135,12 +134,13 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, stop:
         run_dir / "checkpoint", world, model, {"optimizer": optimizer, "scaler": scaler, "report": report}, cfg
     )
     first_step = stop.step = checkpoints.restore()
+    steps, size = range(first_step, cfg.train.n_steps), cfg.train.global_batch_size
     with (
-        closing(local_batches(world, cfg, dataset, "train", first_step, cfg.train.n_steps)) as batches,
+        closing(dataset.batches("train", steps, world.rows(size), size, device=world.device)) as batches,
         closing(checkpoints),
         report.running(first_step),
     ):
-        for step, (x, y) in enumerate(report.timed(batches), first_step):
+        for step, (x, y) in zip(steps, report.timed(batches), strict=True):
             lr = lr_at(step, cfg.train.lr_schedule, cfg.train.n_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -244,68 +244,6 @@ def mixed_precision(cfg: Config, device: torch.device) -> tuple[AbstractContextM
         logger.info("train.amp = true, but this processor has no bfloat16 arithmetic: float32 is used")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-
-def local_batches(
-    world: World, cfg: Config, dataset: TokenDataset, split: Split, first: int, last: int, *, evaluation: bool = False
-) -> Generator[tuple[Tensor, Tensor]]:
-    """This worker's rows of the global batches first, ..., last - 1, each (rows, context_length), on its device."""
-    size = cfg.train.global_batch_size // world.world_size
-    rows = slice(world.rank * size, (world.rank + 1) * size)
-    return prefetch(
-        lambda step: dataset.windows(split, step, rows, cfg.train.global_batch_size, evaluation=evaluation),
-        first,
-        last,
-        device=world.device,
-    )
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, world: World, cfg: Config, dataset: TokenDataset) -> dict[str, float]:
-    """Mean loss of each split: of val over all of it if eval_full is set, otherwise over the same eval_steps global
-    batches in every evaluation."""
-    model.eval()
-    val = (
-        whole_loss(model, world, cfg, dataset) if cfg.log.eval_full else sampled_loss(model, world, cfg, dataset, "val")
-    )
-    train = sampled_loss(model, world, cfg, dataset, "train")
-    model.train()
-    return dict(zip(("val", "train"), world.mean(torch.stack([val, train])).tolist(), strict=True))
-
-
-def sampled_loss(model: nn.Module, world: World, cfg: Config, dataset: TokenDataset, split: Split) -> Tensor:
-    """This worker's mean loss over its rows of eval_steps global batches, a float64 scalar."""
-    n_micro_batches = cfg.train.micro_batches(world.world_size)
-    loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    with closing(local_batches(world, cfg, dataset, split, 0, cfg.log.eval_steps, evaluation=True)) as batches:
-        for x, y in batches:
-            for xs, ys in zip(x.chunk(n_micro_batches), y.chunk(n_micro_batches), strict=True):
-                loss += model(xs, ys)[1]
-    return loss / (cfg.log.eval_steps * n_micro_batches)
-
-
-def whole_loss(model: nn.Module, world: World, cfg: Config, dataset: TokenDataset) -> Tensor:
-    """This worker's part of the loss over all of val, a float64 scalar: the mean over the workers is that over targets.
-
-    The workers take turns, a micro-batch each, through the windows in order. Some may have a turn less than others:
-    nothing in here waits for another worker.
-    """
-    rows = cfg.train.global_batch_size // world.world_size // cfg.train.micro_batches(world.world_size)
-    n_targets = dataset.n_targets("val")
-    targets_each = rows * cfg.train.context_length
-    firsts = range(world.rank * targets_each, n_targets, world.world_size * targets_each)  # target of each turn
-    order = torch.arange(targets_each, device=world.device).view(rows, -1)  # (rows, T): as targets follow each other
-    loss = torch.zeros((), dtype=torch.float64, device=world.device)
-
-    def windows_of(turn: int) -> Tensor:
-        return dataset.windows_in_order("val", firsts[turn] // cfg.train.context_length, rows)
-
-    with closing(prefetch(windows_of, 0, len(firsts), device=world.device)) as batches:
-        for first, (x, y) in zip(firsts, batches, strict=True):
-            n = min(targets_each, n_targets - first)
-            # Not fewer rows: with a shape of its own the last micro-batch would be compiled anew.
-            loss += model(x, y.masked_fill(order >= n, IGNORED))[1].double() * n
-    return loss * world.world_size / n_targets
 
 
 if __name__ == "__main__":

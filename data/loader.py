@@ -123,6 +123,24 @@ class TokenDataset:
         """x, y of `windows`, each (rows, T) int64; y is x one token later."""
         return widen(self.windows(split, step, rows, global_batch_size, evaluation=evaluation))
 
+    def batches(
+        self,
+        split: Split,
+        steps: range,
+        rows: slice,
+        global_batch_size: int,
+        *,
+        device: torch.device,
+        evaluation: bool = False,
+    ) -> Generator[Batch]:
+        """The `batch` of each step on the device, made ahead by a thread; see `prefetch`."""
+        return prefetch(
+            lambda step: self.windows(split, step, rows, global_batch_size, evaluation=evaluation),
+            steps.start,
+            steps.stop,
+            device=device,
+        )
+
     def _prepare_reading(self, split: Split, n_windows: int) -> None:
         """Before pages of a mapping are touched.
 

@@ -165,6 +165,11 @@ class World:
         finally:
             thread.shutdown(wait=False)
 
+    def rows(self, n: int) -> slice:
+        """This worker's of the n rows of a global batch; n is a multiple of the world size."""
+        size = n // self.world_size
+        return slice(self.rank * size, (self.rank + 1) * size)
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the workers, elementwise. A collective."""
         total = values.clone()

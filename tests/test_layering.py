@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTED = {f"decent/{name}.py" for name in ("world", "exchange", "decent_dp", "allreduce_dp", "checkpoint")}
 BENCHMARKS = {"scripts/bench.py", "scripts/netlab_worker.py"}  # time the bare collectives and other wrappers
 
-PROJECT = {"config", "data", "decent", "model", "optim", "report", "train"}
+PROJECT = {"config", "data", "decent", "evaluation", "model", "optim", "report", "train"}
 
 
 def sources(*patterns: str) -> list[str]:
