@@ -45,7 +45,7 @@ def whole_loss(model: nn.Module, world: World, cfg: Config, dataset: TokenDatase
     The workers take turns, a micro-batch each, through the windows in order. Some may have a turn less than others:
     nothing in here waits for another worker.
     """
-    rows = cfg.train.global_batch_size // world.world_size // cfg.train.micro_batches(world.world_size)
+    rows = cfg.train.micro_batch_rows(world.world_size)
     n_targets = dataset.n_targets("val")
     targets_each = rows * cfg.train.context_length
     firsts = range(world.rank * targets_each, n_targets, world.world_size * targets_each)  # target of each turn

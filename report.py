@@ -211,7 +211,7 @@ def training_goes_on(name: str) -> Generator[None]:
 def introduce(world: World, cfg: Config, gpt: GPT) -> None:
     """What is trained, on what, with which batches."""
     batch, length = cfg.train.global_batch_size, cfg.train.context_length
-    n_micro_batches = cfg.train.micro_batches(world.world_size)
+    n_micro_batches, rows = cfg.train.micro_batches(world.world_size), cfg.train.micro_batch_rows(world.world_size)
     how = cfg.train.backend + (f" over {cfg.train.topology}" if cfg.train.backend == "decentdp" else "")
     if world.restart_count:
         logger.info(f"Restart number {world.restart_count} of this run")
@@ -226,7 +226,7 @@ def introduce(world: World, cfg: Config, gpt: GPT) -> None:
     )
     logger.info(
         f"Global batch: {batch} sequences x {length} tokens = {batch * length:,} tokens per step; "
-        f"each worker: {n_micro_batches} x {batch // world.world_size // n_micro_batches} sequences"
+        f"each worker: {n_micro_batches} x {rows} sequences"
     )
 
 

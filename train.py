@@ -226,7 +226,7 @@ def wrap(gpt: GPT, cfg: Config, world: World, autocast: AbstractContextManager[A
             cfg.train.timeout_s,
         )
     model = AllReduceDP(gpt, world.device)
-    rows = cfg.train.global_batch_size // world.world_size // cfg.train.micro_batches(world.world_size)
+    rows = cfg.train.micro_batch_rows(world.world_size)
     tokens = torch.zeros(rows, cfg.train.context_length, dtype=torch.int64, device=world.device)
     with autocast:
         model.settle(tokens, tokens)
