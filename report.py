@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from config import Config
 from decent import World
+from decent.checkpoint_files import synced
 from decent.world import first_line
 from model import GPT
 
@@ -189,10 +190,8 @@ class Report:
             "val_loss": val_loss,
         }
         try:
-            with open(path.with_suffix(".tmp"), "wb") as file:
+            with synced(path.with_suffix(".tmp")) as file:
                 torch.save(best, file)
-                file.flush()
-                os.fsync(file.fileno())
             path.with_suffix(".tmp").replace(path)  # whole or not at all
         finally:
             path.with_suffix(".tmp").unlink(missing_ok=True)

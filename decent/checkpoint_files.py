@@ -5,11 +5,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -135,10 +135,8 @@ def write_worker(folder: Path, rank: int, state: State) -> dict[str, Any]:
         raise ValueError("a parameter is nan or infinite")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _worker_file(rank)
-    with open(path, "wb") as file:
+    with synced(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())  # or a power failure could leave the name without the bytes
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -167,15 +165,22 @@ def _sha256(path: Path) -> str:
 
 def write_index(folder: Path, step: int, about: dict[str, Any], workers: list[dict[str, Any]]) -> None:
     index: dict[str, Any] = {"format": FORMAT, "step": step, "about": about, "workers": workers}
-    with open(folder / INDEX, "w") as file:
-        json.dump({**index, "sha256": _digest(index)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    with synced(folder / INDEX) as file:
+        file.write(json.dumps({**index, "sha256": _digest(index)}, indent=1).encode())
     sync_names(folder)
 
 
 def _digest(index: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def synced(path: Path) -> Generator[IO[bytes]]:
+    """A file to write, on the disk at the end: or a power failure could leave the name without the bytes."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_names(folder: Path) -> None:
