@@ -25,6 +25,7 @@ __all__ = ["launcher"]  # a fixture
 
 N_STEPS = 14
 LONG = ("train.n_steps=100000", "log.eval_interval=100000", "log.checkpoint_interval=50", "log.run_name=run")
+UNNAMED = ("train.n_steps=400", "log.eval_interval=100000", "log.checkpoint_interval=50")
 
 
 def final_states(run: Run) -> list[dict[str, Any]]:
@@ -487,9 +488,8 @@ def test_a_signal_to_one_worker_stops_all_after_the_same_step(
 @pytest.mark.fault
 @pytest.mark.dist
 def test_torchrun_restarts_from_the_newest_checkpoint_in_the_same_directory(launcher: Launcher, tmp_path: Path) -> None:
-    overrides = [o for o in LONG if "run_name" not in o and "n_steps" not in o]
     options = ("--standalone", "--max-restarts=1")
-    process = start(launcher, tmp_path, *overrides, "train.n_steps=400", n=2, options=options)
+    process = start(launcher, tmp_path, *UNNAMED, n=2, options=options)
     wait_for(lambda: len(steps_saved(tmp_path)) == 2)
     os.kill(workers_of(tmp_path)[0], signal.SIGKILL)
     assert process.wait(60) == 0, (tmp_path / "err").read_text()
@@ -518,8 +518,7 @@ def rank_of(pid: int) -> int:
 @pytest.mark.dist
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_torchruns_of_two_nodes_restart_together(launcher: Launcher, tmp_path: Path, rank: int) -> None:
-    overrides = [o for o in LONG if "run_name" not in o and "n_steps" not in o]
-    nodes = two_nodes(launcher, tmp_path, *overrides, "train.n_steps=400", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    nodes = two_nodes(launcher, tmp_path, *UNNAMED, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     wait_for(lambda: len(steps_saved(tmp_path)) == 2)
     (pid,) = [pid for pid in workers_of(tmp_path) if rank_of(pid) == rank]
     os.kill(pid, signal.SIGKILL)
