@@ -156,6 +156,13 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     model: ModelConfig = ModelConfig()
 
+    def evaluates_after(self, n_steps: int) -> bool:
+        return n_steps % self.log.eval_interval == 0 or n_steps == self.train.n_steps
+
+    def saves_after(self, n_steps: int) -> bool:
+        interval = self.log.checkpoint_interval or self.log.eval_interval
+        return n_steps % interval == 0 or n_steps == self.train.n_steps
+
     def to_toml(self) -> str:
         """The whole resolved configuration; `load_config` reads it back to an equal one."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))

@@ -115,14 +115,18 @@ class Report:
             yield batch
             start_s = time.perf_counter()
 
+    def looks_at(self, step: int) -> bool:
+        """Whether `progress` reads the loss of this step, for which it waits for the GPU."""
+        return step % CHECK_INTERVAL == 0
+
     def progress(self, step: int, loss: Tensor) -> None:
         """After each step, with this worker's own loss, a scalar on its device.
 
         Raises:
-            NonFiniteLoss: it is nan or infinite; looked at every CHECK_INTERVAL steps.
+            NonFiniteLoss: it is nan or infinite, in a step that is looked at.
         """
-        if step % CHECK_INTERVAL == 0:
-            value = loss.item()  # the GPU is waited for here
+        if self.looks_at(step):
+            value = loss.item()
             self.require_finite(value, step)
             self.bar.set_postfix(loss=f"{value:.3f}", refresh=False)
         self.bar.update(step - self.bar.n)

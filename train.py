@@ -122,8 +122,6 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, stop:
     """Whether the state at its end, or where it was asked to stop, is saved."""
     torch.manual_seed(cfg.train.seed)
     gpt = GPT(cfg.model, cfg.train.context_length).to(world.device)
-    if cfg.train.compile:
-        gpt.compile()  # in place: the keys of the state_dict stay those of GPT-2
     autocast, scaler = mixed_precision(cfg, world.device)
     model = wrap(gpt, cfg, world, autocast)
     optimizer = build_optimizer(gpt, cfg.train.optim, cfg.train.lr_schedule.lr, compile=cfg.train.compile)
@@ -154,19 +152,21 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, stop:
             model.exchange()  # decentdp: start sending the new x
             scaler.update()
 
-            stopping, last = stop.agreed(step + 1), step + 1 == cfg.train.n_steps
+            evaluating, saving = cfg.evaluates_after(step + 1), cfg.saves_after(step + 1)
+            waiting = evaluating or saving or report.looks_at(step + 1)
+            stopping = stop.agreed(step + 1, before_a_wait=waiting)
             report.progress(step + 1, loss)
-            if (step + 1) % cfg.log.eval_interval == 0 or last:
+            if evaluating:
                 with report.pause():
                     consensus_distance = model.consensus_distance()
                     with model.averaged(), autocast:
                         losses = evaluate(model, world, cfg, dataset)
                         report.evaluation(step + 1, losses, lr=lr, consensus_distance=consensus_distance)
-            if (step + 1) % (cfg.log.checkpoint_interval or cfg.log.eval_interval) == 0 or last or stopping:
+            if saving or stopping:
                 with report.pause():
                     report.require_finite(loss.item(), step + 1)
                     checkpoints.save(step + 1)
-            if stopping and not last:
+            if stopping and step + 1 < cfg.train.n_steps:
                 logger.info(f"Asked to stop: ends after step {step + 1}; the same command goes on from there")
                 break
         return checkpoints.wait()
@@ -215,6 +215,8 @@ def tune_process() -> None:
 
 def wrap(gpt: GPT, cfg: Config, world: World, autocast: AbstractContextManager[Any]) -> DecentDP | AllReduceDP:
     """The data parallel model: either way it has the verbs mix, exchange, averaged and no_sync."""
+    if cfg.train.compile:
+        gpt.compile()  # in place: the keys of the state_dict stay those of GPT-2
     if cfg.train.backend == "decentdp":
         comm_dtype = None if cfg.train.comm_dtype == "float32" else getattr(torch, cfg.train.comm_dtype)
         return DecentDP(

@@ -186,19 +186,21 @@ class StopRequest:
     """SIGTERM or SIGUSR1 to any worker, as all workers learn of it after the same step.
 
     Every step starts an all-reduce of one number and looks at that of some steps before, so that nobody waits for a
-    worker which is not that far behind. On GPUs, of which the program is ahead, it looks at that of the same step: when
-    all workers are known to have queued a step, no wait for a GPU can be a wait for a worker that hangs.
+    worker which is not that far behind. A step in which the program waits for its GPU looks at its own too: when all
+    workers are known to have queued that step, the wait cannot be one for a worker that hangs.
     """
 
     LAG = 4  # steps
+    GPU_LAG = 1  # so little is queued behind a worker that hangs that queueing more does not wait for the GPU
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-    ROLL_CALL_S = 10
+    ROLL_CALL_S: float = 10
 
     def __init__(self, world: World, store: dist.Store, timeout_s: float | None = None) -> None:
         self.step = 0  # done, of the whole run
         self._world, self._store = world, store
         self._received = False
-        self._lag = 0 if world.device.type == "cuda" else self.LAG
+        on_gpu = world.device.type == "cuda"
+        self._lag, self._lag_before_a_wait = (self.GPU_LAG, 0) if on_gpu else (self.LAG, self.LAG)
         self._under_way: deque[tuple[Tensor, dist.Work]] = deque()
         # A group of its own, on CPUs also where the others are on GPUs: reading the answer must not wait for a GPU.
         self._group: Any = dist.new_group(backend="gloo", timeout=group_timeout(timeout_s, torch.device("cpu")))
@@ -208,18 +210,23 @@ class StopRequest:
     def _receive(self, *_: object) -> None:
         self._received = True
 
-    def agreed(self, step: int) -> bool:
-        """Whether to stop after this step, the `step`-th. Called by all workers once in every step."""
+    def agreed(self, step: int, *, before_a_wait: bool) -> bool:
+        """Whether to stop after this step, the `step`-th. Called by all workers once in every step.
+
+        before_a_wait: what comes next waits for the GPU, on all workers; to stop is to wait for it too.
+        """
         self.step = step
         flag = torch.tensor(float(self._received))
         work = dist.all_reduce(flag, group=self._group, async_op=True)
         assert work is not None
         self._under_way.append((flag, work))
-        if len(self._under_way) <= self._lag:
-            return False
-        flag, work = self._under_way.popleft()
-        work.wait()
-        return flag.item() > 0
+        stopping, lag = False, self._lag_before_a_wait if before_a_wait else self._lag
+        while len(self._under_way) > lag:
+            flag, work = self._under_way.popleft()
+            work.wait()
+            if flag.item() > 0:
+                stopping, lag = True, self._lag_before_a_wait
+        return stopping
 
     @contextmanager
     def naming_the_missing(self) -> Generator[None]:

@@ -68,11 +68,11 @@ if True:
         savers.append(self)
         save(self, step)
     decent.checkpoint.Checkpoints.save = noting
-    def dying(self, step, steps=iter(range(1, 10**9))):
+    def dying(self, step, steps=iter(range(1, 10**9)), **options):
         if next(steps) == {n}:
             all(saver.wait() for saver in savers[-1:])
             os._exit(137)
-        return agreed(self, step)
+        return agreed(self, step, **options)
     decent.world.StopRequest.agreed = dying
 """
 QUICK_ROLL_CALL = """

@@ -1,0 +1,85 @@
+"""What workers agree on. On GPUs the device is only a name here: nothing of a StopRequest is computed on it."""
+
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from decent import PeerError, StopRequest, World
+from tests.multirank.workers import run_workers
+
+WAIT_S = 4
+
+
+def requests_of(rank: int, device: str) -> tuple[StopRequest, dist.Store]:
+    store = dist.distributed_c10d._get_default_store()
+    world = World(rank, 2, rank, 2, torch.device(device))
+    return StopRequest(world, store, timeout_s=WAIT_S), store
+
+
+def ask_one_and_count_steps(device: str, asked: int) -> list[bool]:
+    rank = dist.get_rank()
+    stop, _ = requests_of(rank, device)
+    answers = []
+    for step in range(1, 31):
+        if rank == 1 and step == asked:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        answers.append(stop.agreed(step, before_a_wait=step % 10 == 0))
+        if answers[-1]:
+            break
+    return answers
+
+
+@pytest.mark.parametrize(("device", "lag"), [("cpu", 4), ("cuda", 1)])
+def test_workers_stop_after_the_same_step(device: str, lag: int) -> None:
+    first, second = run_workers(2, ask_one_and_count_steps, device, 12)
+    assert first == second == [False] * (11 + lag) + [True]
+
+
+def test_a_request_in_a_step_before_a_wait_for_the_gpu_is_known_in_it() -> None:
+    first, second = run_workers(2, ask_one_and_count_steps, "cuda", 20)
+    assert first == second == [False] * 19 + [True]
+
+
+def run_ahead_of_rank_1(device: str, lag: int) -> bool:
+    """Rank 1 takes part in its next step only when rank 0 is through with `lag` more."""
+    rank = dist.get_rank()
+    stop, store = requests_of(rank, device)
+    stop.agreed(1, before_a_wait=False)
+    for step in range(2, lag + 2):
+        if rank == 1 and step == 2:
+            store.wait(["rank 0 is ahead"])
+        stop.agreed(step, before_a_wait=False)
+    if rank == 0:
+        store.set("rank 0 is ahead", "")
+    return True
+
+
+@pytest.mark.parametrize(("device", "lag"), [("cpu", 4), ("cuda", 1)])
+def test_nobody_waits_for_a_worker_that_is_not_far_behind(device: str, lag: int) -> None:
+    assert all(run_workers(2, run_ahead_of_rank_1, device, lag))
+
+
+def wait_for_the_gpu_without_rank_1() -> str:
+    rank = dist.get_rank()
+    stop, store = requests_of(rank, "cuda")
+    StopRequest.ROLL_CALL_S = 1
+    try:
+        with stop.naming_the_missing():
+            stop.agreed(1, before_a_wait=False)
+            if rank == 1:
+                store.wait(["rank 0 has noticed"])
+                return ""
+            stop.agreed(2, before_a_wait=True)
+    except PeerError as error:
+        store.set("rank 0 has noticed", "")
+        return str(error)
+    return "rank 0 goes on to wait for its GPU"
+
+
+@pytest.mark.fault
+def test_before_a_wait_for_the_gpu_a_hanging_worker_is_named() -> None:
+    said, _ = run_workers(2, wait_for_the_gpu_without_rank_1)
+    assert said.startswith("after step 2: waited in vain for rank 1: ")
