@@ -30,12 +30,14 @@ class Unit(NamedTuple):
     """Some documents that lie together: whole .txt files, or a part of one other file.
 
     start, stop: bytes of a .jsonl file, in which lines start; row groups of a .parquet file; None: all of it.
+    n_rows: of these row groups.
     """
 
     paths: tuple[str, ...]
     n_bytes: int  # on disk, about
     start: int | None = None
     stop: int | None = None
+    n_rows: int | None = None
 
 
 class Bad(NamedTuple):
@@ -113,25 +115,36 @@ def plan_units(source: Source) -> list[Unit]:
     return units + ([Unit(tuple(texts), texts_bytes)] if texts else [])
 
 
-def read_unit(unit: Unit, text_key: str) -> Iterator[str | Bad]:
+class UnitReader:
     """The texts of a unit, in order; Bad in the place of what is broken, and no more of a file that breaks off.
 
-    Raises:
+    Iterating raises:
         OSError: a file cannot be read.
     """
-    first = unit.paths[0]
-    if first.endswith(".txt"):
-        for path in unit.paths:
-            yield _decode(Path(path).read_bytes(), path)
-    elif first.endswith(".parquet"):
-        yield from _read_parquet(first, unit, text_key)
-    elif first.endswith(".gz"):
-        with gzip.open(first, "rb") as file:
-            yield from _read_lines(file, first, 1, None, text_key)
-    else:
-        with open(first, "rb") as file:
-            start = _next_line(file, unit.start or 0)
-            yield from _read_lines(file, first, start, unit.stop, text_key)
+
+    def __init__(self, unit: Unit, text_key: str) -> None:
+        self.unit = unit
+        self.text_key = text_key
+        self.done_bytes = 0  # of unit.n_bytes, about; only of those that may be large, a .gz or a row group
+
+    def __iter__(self) -> Iterator[str | Bad]:
+        unit, text_key, first = self.unit, self.text_key, self.unit.paths[0]
+        if first.endswith(".txt"):
+            for path in unit.paths:
+                yield _decode(Path(path).read_bytes(), path)
+        elif first.endswith(".parquet"):
+            for n, text in enumerate(_read_parquet(first, unit, text_key), 1):
+                self.done_bytes = unit.n_bytes * n // max(n, unit.n_rows or n)
+                yield text
+        elif first.endswith(".gz"):
+            with open(first, "rb") as compressed, gzip.open(compressed, "rb") as file:
+                for text in _read_lines(file, first, 1, None, text_key):
+                    self.done_bytes = compressed.tell()
+                    yield text
+        else:
+            with open(first, "rb") as file:
+                start = _next_line(file, unit.start or 0)
+                yield from _read_lines(file, first, start, unit.stop, text_key)
 
 
 def _decode(data: bytes, where: str) -> str | Bad:
@@ -214,7 +227,8 @@ def _plan_parquet(path: str, n_bytes: int) -> list[Unit]:
 
     try:
         with pq.ParquetFile(path) as file:
-            sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            sizes, rows = [group.total_byte_size for group in groups], [group.num_rows for group in groups]
     except (pa.ArrowException, OSError) as error:
         _raise_if_of_the_moment(error, path)
         return [Unit((path,), n_bytes)]  # who reads it will say what is wrong
@@ -223,7 +237,8 @@ def _plan_parquet(path: str, n_bytes: int) -> list[Unit]:
     for i, size in enumerate(sizes):
         taken += size
         if taken >= UNIT_BYTES or i + 1 == len(sizes):
-            units.append(Unit((path,), max(1, n_bytes * taken // max(1, sum(sizes))), start, i + 1))
+            share = max(1, n_bytes * taken // max(1, sum(sizes)))
+            units.append(Unit((path,), share, start, i + 1, sum(rows[start : i + 1])))
             start, taken = i + 1, 0
     return units
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.documents import Bad, Source, Unit, plan_units, read_unit
+from data.documents import Bad, Source, Unit, UnitReader, plan_units
 from data.encoders import Encoder, Ids
 from data.progress import Progress
 from data.spool import Part, intact_tokens, part_path, read_part, write_part
@@ -59,11 +59,11 @@ def _tokenise_units(folder: Path, job: Job, units: list[Unit], n_bytes: int, num
     task = functools.partial(_tokenise_unit, folder, job, units)
     items = _needed(len(units), parts, sys.maxsize if job.limit is None else job.limit)
     answers = run_in_processes(task, items, num_proc)
-    with contextlib.closing(answers), Progress("tokenising", n_bytes if job.limit is None else None) as progress:
-        for part in answers:
+    total, unit = (n_bytes, "B") if job.limit is None else (job.limit, " documents")
+    with contextlib.closing(answers), Progress("tokenising", total, unit) as progress:
+        for part, part_bytes in answers:
             parts.append(part)
-            # of a unit in several parts nobody knows how many bytes each is: they count when it ends
-            progress.add(units[part.unit].n_bytes if part.last else 0, part.n_tokens)
+            progress.add(part_bytes if job.limit is None else part.n_documents, part.n_tokens)
     return sorted(parts)
 
 
@@ -89,21 +89,26 @@ def _needed(n_units: int, parts: list[Part], limit: int) -> Iterator[tuple[int, 
         yield number, limit - n_before
 
 
-def _tokenise_unit(folder: Path, job: Job, units: list[Unit], needed: tuple[int, int]) -> Iterator[Part]:
-    """The parts of a unit: those that an earlier run wrote, then those that this one writes."""
+def _tokenise_unit(folder: Path, job: Job, units: list[Unit], needed: tuple[int, int]) -> Iterator[tuple[Part, int]]:
+    """The parts of a unit, each with its bytes of Unit.n_bytes: those that an earlier run wrote, then new ones."""
     number, limit = needed
     n_parts = n_read = n_documents = 0
     while part := _usable(part_path(folder, number, n_parts), job):
-        yield part
+        yield part, units[number].n_bytes if part.last else 0  # the bytes of the others count with the next new one
         if part.last:
             return
         n_parts += 1
         n_documents += part.n_documents
         n_read += part.n_read
-    documents = islice(read_unit(units[number], job.source.text_key), n_read, None)
+    reader = UnitReader(units[number], job.source.text_key)
+    documents = islice(reader, n_read, None)
+    told_bytes = 0
     for n, batch in enumerate(_batches(_encode(documents, job), job.encoder.end_of_text, limit - n_documents), n_parts):
         lengths = np.array(batch.lengths, dtype=np.uint32)
-        yield write_part(part_path(folder, number, n), lengths, batch.tokens[: batch.n_tokens], last=batch.last)
+        part = write_part(part_path(folder, number, n), lengths, batch.tokens[: batch.n_tokens], last=batch.last)
+        done_bytes = units[number].n_bytes if batch.last else reader.done_bytes
+        yield part, done_bytes - told_bytes
+        told_bytes = done_bytes
 
 
 def _usable(path: Path, job: Job) -> Part | None:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.documents import Source, plan_units, read_unit
+from data.documents import Source, UnitReader, plan_units
 from data.encoders import EncoderName, build_encoder
 from data.meta import file_sha256
 from data.workers import run_in_processes
@@ -119,7 +119,7 @@ def run(command: list[str], *, measure_memory: bool = False) -> tuple[float, int
 def calls_of(tokenizer: EncoderName, text: Path, num_proc: int) -> float:
     """Seconds in which so many processes encode all documents of a file."""
     units = plan_units(Source("", (str(text),)))
-    documents = [document for unit in units for document in read_unit(unit, "text") if isinstance(document, str)]
+    documents = [document for unit in units for document in UnitReader(unit, "text") if isinstance(document, str)]
     encode = build_encoder(tokenizer)
 
     def encode_share(first: int) -> Iterator[int]:

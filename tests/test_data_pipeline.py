@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import documents, pipeline, placement, tokenise
-from data.documents import Source, find_files, plan_units, read_unit
+from data.documents import Source, UnitReader, find_files, plan_units
 from data.encoders import Encoder, Tiktoken, best_encoder, build_encoder
 from data.meta import file_sha256, read_meta, settle
 from data.placement import lay_out
+from data.progress import Progress
 from data.spool import Part, read_lengths, read_part
 from data.tokenise import Job
 from data.tokenizer import gpt2_encoding
@@ -129,6 +130,36 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
         assert prepared(tmp_path / "out" / path.name) == expected
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("limit", [None, 700])
+def test_progress_is_seen_inside_a_large_unit_and_ends_where_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, limit: int | None
+) -> None:
+    """A .gz and a row group are one unit each, whatever their size."""
+    rows = [os.urandom(500).hex() for _ in range(1000)]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    if suffix == ".jsonl.gz":
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    elif suffix == ".parquet":
+        pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
+    path = tmp_path / f"a{suffix}"
+    shares: list[float] = []
+
+    class Recorded(Progress):
+        def add(self, n: int, n_tokens: int) -> None:
+            super().add(n, n_tokens)
+            shares.append(self.bar.n / self.total)
+
+    monkeypatch.setattr(tokenise, "Progress", Recorded)
+    monkeypatch.setattr(tokenise, "_PART_TOKENS", 20_000)
+    monkeypatch.setattr(documents, "UNIT_BYTES", 100_000)
+    prepare(path, tmp_path / "out", limit=limit)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    middle = shares[len(shares) // 2]
+    assert 0.3 < middle < 0.8
+
+
 @pytest.mark.parametrize("unit_bytes", [1, 30, 31, 100, 10**6])
 def test_a_line_is_read_once_wherever_units_are_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int
@@ -138,7 +169,7 @@ def test_a_line_is_read_once_wherever_units_are_cut(
     path = jsonl(tmp_path / "a.jsonl", rows)
     path.write_text("\n \n" + path.read_text().rstrip("\n"))  # blank lines are none, and the last needs no line break
     source = Source("test", (str(path),))
-    assert [text for unit in plan_units(source) for text in read_unit(unit, "text")] == rows
+    assert [text for unit in plan_units(source) for text in UnitReader(unit, "text")] == rows
 
 
 @pytest.mark.usefixtures("small_units")
@@ -157,7 +188,7 @@ def test_a_line_may_be_what_json_reads_beyond_the_standard(tmp_path: Path) -> No
         b'{"text": "half \\ud800 a pair"}\n'
     )
     (unit,) = plan_units(source := Source("test", (str(path),)))
-    assert list(read_unit(unit, source.text_key)) == ["byte order mark", "not a number", "large", "half \ud800 a pair"]
+    assert list(UnitReader(unit, source.text_key)) == ["byte order mark", "not a number", "large", "half \ud800 a pair"]
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
@@ -655,9 +686,9 @@ def test_a_parquet_file_that_cannot_be_read_now_is_not_called_broken(
     with monkeypatch.context() as patch:
         patch.setattr(pq.ParquetFile, "iter_batches", refuse)
         with pytest.raises(OSError, match=r"a\.parquet"):
-            list(read_unit(unit, "text"))
+            list(UnitReader(unit, "text"))
     monkeypatch.setattr(pq, "ParquetFile", refuse)
-    for read in (lambda: plan_units(Source("test", (str(path),))), lambda: list(read_unit(unit, "text"))):
+    for read in (lambda: plan_units(Source("test", (str(path),))), lambda: list(UnitReader(unit, "text"))):
         with pytest.raises(OSError, match=r"a\.parquet"):
             read()
 
@@ -670,7 +701,7 @@ def test_a_row_that_is_not_utf_8_is_left_out_alone(tmp_path: Path, kind: pa.Data
     binary = pa.large_binary() if kind == pa.large_string() else pa.binary()
     pq.write_table(pa.table({"text": pa.array(rows, binary).view(kind)}), path)
     (unit,) = plan_units(Source("test", (str(path),)))
-    read = [document if isinstance(document, str) else str(document) for document in read_unit(unit, "text")]
+    read = [document if isinstance(document, str) else str(document) for document in UnitReader(unit, "text")]
     assert read[300:303] == [f"{path}, row 301: is not UTF-8 (byte 3)", f'{path}, row 302: "text" is null', ""]
     assert read[:300] + read[303:] == texts(600)[:300] + texts(600)[303:]
 
