@@ -230,40 +230,64 @@ class StopRequest:
 
     @contextmanager
     def naming_the_missing(self) -> Generator[None]:
-        """Turns what the backend says of a failed collective into a PeerError that names the ranks which are missing.
+        """Turns what the backend says of a failed collective into a PeerError that names the ranks which are missing,
+        or says why they ended.
 
         All workers that are left come here, each with an error of its own.
         """
         try:
             yield
-        except PeerError:  # says it already
-            self._answer_roll_call()
-            raise
-        except RuntimeError as error:
+        except Exception as error:
             reason = first_line(error)
-            if not isinstance(error, dist.DistError) and "gloo" not in reason:
+            of_gloo = type(error) is RuntimeError and "gloo" in reason
+            if not of_gloo and not isinstance(error, PeerError | dist.DistError):
+                self._answer_roll_call(f"ended: {reason}")
                 raise
-            raise PeerError(f"after step {self.step}: {self._call_roll()}: {reason}") from error
+            answered = self._answer_roll_call("here")
+            if ended := self._who_ended():
+                raise PeerError(f"after step {self.step}: {ended}") from error
+            if isinstance(error, PeerError):  # says who is missing already
+                raise
+            missing = self._call_roll() if answered else "waited in vain for rank 0, and the store is gone with it"
+            raise PeerError(f"after step {self.step}: {missing}: {reason}") from error
         finally:  # there is nothing left to stop: a second signal must not kill a worker that is on its way out
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-    def _call_roll(self) -> str:
-        """Who does not answer. In the store: the connections of a group are of no use when one of them has failed."""
-        if not self._answer_roll_call():
-            return "waited in vain for rank 0, and the store is gone with it"
-        deadline_s = time.monotonic() + self.ROLL_CALL_S
-        keys = {rank: f"roll_call/{rank}" for rank in range(self._world.world_size)}
-        with suppress(RuntimeError):  # rank 0 has ended meanwhile, and the store with it
-            while keys and time.monotonic() < deadline_s:
-                keys = {rank: key for rank, key in keys.items() if not self._store.check([key])}
-                time.sleep(0.02)
-        ranks = ", ".join(map(str, keys))
-        return f"waited in vain for rank{'s' * (len(keys) > 1)} {ranks}" if keys else "all are there, but a call failed"
+    # The roll is in the store: the connections of a group are of no use when one of them has failed. The store may be
+    # gone too, with rank 0.
 
-    def _answer_roll_call(self) -> bool:
+    def _answer_roll_call(self, answer: str) -> bool:
         """False: there is nobody to write it down."""
         try:
-            self._store.set(f"roll_call/{self._world.rank}", "here")
+            self._store.set(self._key(self._world.rank), answer)
         except RuntimeError:
             return False
         return True
+
+    def _who_ended(self) -> str:
+        """The workers that ended for a reason of their own, and why; "": nobody that is known of."""
+        answers: dict[int, str] = {}
+        with suppress(RuntimeError):
+            for rank in range(self._world.world_size):
+                if self._store.check([self._key(rank)]):
+                    answers[rank] = self._store.get(self._key(rank)).decode()
+        return "; ".join(f"rank {rank} {answer}" for rank, answer in answers.items() if answer != "here")
+
+    def _call_roll(self) -> str:
+        """Who does not answer."""
+        deadline_s = time.monotonic() + self.ROLL_CALL_S
+        missing = list(range(self._world.world_size))
+        with suppress(RuntimeError):
+            while missing and time.monotonic() < deadline_s:
+                missing = [rank for rank in missing if not self._store.check([self._key(rank)])]
+                time.sleep(0.02)
+        ranks = ", ".join(map(str, missing))
+        return (
+            f"waited in vain for rank{'s' * (len(missing) > 1)} {ranks}"
+            if ranks
+            else "all are there, but a call failed"
+        )
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"roll_call/{rank}"

@@ -490,6 +490,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1_and_a_line_that
     assert not any("Traceback" in line for line in lines)
 
 
+@pytest.mark.dist
+def test_the_log_says_why_another_worker_ended(launcher: Launcher) -> None:
+    only_here = """
+import report
+require_finite = report.Report.require_finite
+if os.environ["RANK"] == "1":
+    report.Report.require_finite = lambda self, loss, step: require_finite(self, float("nan"), step)
+"""
+    run = launcher.run(n=2, first=only_here, timeout_s=40)
+    assert run.codes == [1, 1], run.errors
+    assert re.search(r"after step \d+: rank 1 ended: the loss is nan at step \d+: ", run.log[-1]), run.log
+
+
 def test_without_stop_on_nan_the_run_goes_to_its_end(launcher: Launcher) -> None:
     run = launcher.run("train.lr_schedule.lr=1e10", "train.grad_norm_clip=0", "train.stop_on_nan=false")
     assert run.codes == [1], run.errors  # a state with nan in it is not saved
