@@ -37,7 +37,7 @@ ALL_ARMS = (
     *(f"decent-dp_{t}{adamw}" for t in TOPOLOGIES[1:] for adamw in ("", "_adamw")),
 )
 FORWARD_SHARE = 1 / 3  # of the computation of a step; a backward costs two forwards
-DEFAULT_STEPS, STRAGGLER_STEPS = 4, 24  # of a block: with stragglers the draws must average out
+DEFAULT_STEPS, STRAGGLER_STEPS = 4, 96  # of a block: with stragglers the draws must average out
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def parse_arms(text: str) -> list[Arm]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", type=parse_arms, default="default", help='names with commas, or "all" (%(default)s)')
-    parser.add_argument("--steps", type=_int_from_1, help="of a block, rounded up to whole periods (4; stragglers: 24)")
+    parser.add_argument("--steps", type=_int_from_1, help="of a block, rounded up to whole periods (4; stragglers: 96)")
     parser.add_argument("--rounds", type=_int_from_1, default=3, help="blocks of each arm, by turns (%(default)s)")
     parser.add_argument("--compute-ms", type=at_least(0), default=345, help="forward and backward (%(default)s)")
     parser.add_argument("--straggler", type=at_least(1), default=1, help="one random worker's slowness in each step")

@@ -253,8 +253,13 @@ def measure_block(contender: Contender, settings: dict[str, Any], world: World, 
 
 
 def slowness_of(world: World, round_: int, step: int, straggler: float) -> float:
-    """`straggler` for the worker that is drawn in this step, the same in all arms; 1 for the others."""
-    return straggler if random.Random(1000 * round_ + step).randrange(world.world_size) == world.rank else 1.0
+    """`straggler` for the worker that is drawn in this step, the same in all arms; 1 for the others.
+
+    Two rounds each have the same draws, in the second a step earlier: whom a topology pairs in even steps, and whether
+    a library counts its steps from 0 or 1, must not decide which arm meets the harder draws.
+    """
+    drawn = random.Random(1000 * (round_ // 2) + step + round_ % 2).randrange(world.world_size)
+    return straggler if drawn == world.rank else 1.0
 
 
 def main() -> None:

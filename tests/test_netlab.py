@@ -14,9 +14,11 @@ from typing import Any, get_args
 
 import matplotlib.image
 import pytest
+import torch
 
 from config import TopologyName
-from scripts import netlab, netlab_cluster, netlab_compare
+from decent import World
+from scripts import netlab, netlab_cluster, netlab_compare, netlab_worker
 
 SCRIPT = Path(netlab.__file__)
 TINY = ("--n-layers", "2", "--n-embd", "64", "--compute-ms", "30")
@@ -321,3 +323,16 @@ def test_clean_removes_the_labs_of_the_dead_only() -> None:
         assert run_netlab("clean").stdout == f"removed lab {dead.id}\n"
         assert alive.namespace(0) in namespaces()
         assert dead.namespace(0) not in namespaces()
+
+
+def test_two_rounds_have_the_same_stragglers_a_step_apart() -> None:
+    def draws(round_: int) -> list[int]:
+        worlds = [World(rank, 4, 0, 1, torch.device("cpu")) for rank in range(4)]
+        steps = [[netlab_worker.slowness_of(world, round_, step, 2.0) for world in worlds] for step in range(96)]
+        assert all(sorted(step) == [1, 1, 1, 2] for step in steps)
+        return [step.index(2) for step in steps]
+
+    first, second, third = (draws(round_) for round_ in range(3))
+    assert first[1:] == second[:-1]
+    assert first != third
+    assert set(first) == {0, 1, 2, 3}
