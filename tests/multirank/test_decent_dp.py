@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from workers import WorkerError, run_workers
 
-from decent import DecentDP, PeerError, World, build_topology
+from decent import DecentDP, PeerError, World, build_topology, exchange
 from decent.exchange import plan_groups, plan_route
 from decent.simulate import simulate, stack_parameters
 from optim import AccumAdamW
@@ -170,6 +170,7 @@ def test_evaluation_does_not_change_a_bit_of_training() -> None:
 
 
 def exchange_a_thousand_times(topology: str) -> tuple[Tensor, Tensor, float]:
+    exchange.SEGMENTS = 2  # not so many messages, of a few bytes each
     module = nn.Linear(40, 40, bias=False)
     model = DecentDP(module, topology, comm_dtype=torch.bfloat16)
     with torch.no_grad():
@@ -384,14 +385,14 @@ def test_misuse_is_refused_in_words(kind: str, message: str) -> None:
 def lose_rank_1_in_step_3(how: str) -> str:
     rank = World.from_env().rank
     module = Net(0)
-    model = DecentDP(module, "ring", timeout_s=3)
+    model = DecentDP(module, "ring", timeout_s=2)
     optimizer = make_optimizer("adamw", module)
     try:
         for step in range(8):
             if rank == 1 and step == 3:
                 if how == "dies":
                     os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(6)
+                time.sleep(4)
                 return "slept"
             one_step(model, optimizer, rank, step)
             if how == "hangs before an evaluation" and step == 3:

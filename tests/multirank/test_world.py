@@ -6,11 +6,11 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
+from workers import run_workers
 
 from decent import PeerError, StopRequest, World
-from tests.multirank.workers import run_workers
 
-WAIT_S = 4
+WAIT_S = 2
 
 
 def requests_of(rank: int, device: str) -> tuple[StopRequest, dist.Store]:
