@@ -137,6 +137,7 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, stop:
         closing(dataset.batches("train", steps, world.rows(size), size, device=world.device)) as batches,
         closing(checkpoints),
         report.running(first_step),
+        stop.answering(),
     ):
         for step, (x, y) in zip(steps, report.timed(batches), strict=True):
             lr = lr_at(step, cfg.train.lr_schedule, cfg.train.n_steps)
@@ -153,7 +154,8 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, stop:
             scaler.update()
 
             evaluating, saving = cfg.evaluates_after(step + 1), cfg.saves_after(step + 1)
-            waiting = evaluating or saving or report.looks_at(step + 1)
+            # All-Reduce queues a whole step behind the others' gradients; a scaler reads what it found in them.
+            waiting = model.replicated or scaler.is_enabled() or evaluating or saving or report.looks_at(step + 1)
             stopping = stop.agreed(step + 1, before_a_wait=waiting)
             report.progress(step + 1, loss)
             if evaluating:

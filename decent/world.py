@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+
+from decent.roll_call import HERE, RollCall
 
 T = TypeVar("T")
 
@@ -191,13 +193,12 @@ class StopRequest:
     """
 
     LAG = 4  # steps
-    GPU_LAG = 1  # so little is queued behind a worker that hangs that queueing more does not wait for the GPU
+    GPU_LAG = 1  # for CUDA takes about a thousand kernels; then queueing more behind a worker that hangs waits too
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-    ROLL_CALL_S: float = 10
 
     def __init__(self, world: World, store: dist.Store, timeout_s: float | None = None) -> None:
         self.step = 0  # done, of the whole run
-        self._world, self._store = world, store
+        self._roll = RollCall(world.rank, world.world_size, store)
         self._received = False
         on_gpu = world.device.type == "cuda"
         self._lag, self._lag_before_a_wait = (self.GPU_LAG, 0) if on_gpu else (self.LAG, self.LAG)
@@ -213,7 +214,7 @@ class StopRequest:
     def agreed(self, step: int, *, before_a_wait: bool) -> bool:
         """Whether to stop after this step, the `step`-th. Called by all workers once in every step.
 
-        before_a_wait: what comes next waits for the GPU, on all workers; to stop is to wait for it too.
+        before_a_wait: what comes next may wait for the GPU, on all workers; to stop is to wait for it too.
         """
         self.step = step
         flag = torch.tensor(float(self._received))
@@ -229,6 +230,15 @@ class StopRequest:
         return stopping
 
     @contextmanager
+    def answering(self) -> Generator[None]:
+        """When the block fails, the roll call is answered before what is around it is closed, which may take long."""
+        try:
+            yield
+        except Exception as error:
+            self._roll.answer(HERE if _is_of_a_peer(error) else first_line(error))
+            raise
+
+    @contextmanager
     def naming_the_missing(self) -> Generator[None]:
         """Turns what the backend says of a failed collective into a PeerError that names the ranks which are missing,
         or says why they ended.
@@ -236,58 +246,22 @@ class StopRequest:
         All workers that are left come here, each with an error of its own.
         """
         try:
-            yield
+            with self.answering():
+                yield
         except Exception as error:
-            reason = first_line(error)
-            of_gloo = type(error) is RuntimeError and "gloo" in reason
-            if not of_gloo and not isinstance(error, PeerError | dist.DistError):
-                self._answer_roll_call(f"ended: {reason}")
+            if not _is_of_a_peer(error):
                 raise
-            answered = self._answer_roll_call("here")
-            if ended := self._who_ended():
+            if ended := self._roll.ended():
                 raise PeerError(f"after step {self.step}: {ended}") from error
-            if isinstance(error, PeerError):  # says who is missing already
-                raise
-            missing = self._call_roll() if answered else "waited in vain for rank 0, and the store is gone with it"
-            raise PeerError(f"after step {self.step}: {missing}: {reason}") from error
+            missing, reason = self._roll.missing(), first_line(error)
+            if isinstance(error, PeerError):  # names a neighbour, which may have waited for another one in its turn
+                raise PeerError(f"{reason}; no answer from {missing}" if missing else reason) from error
+            found = f"waited in vain for {missing}" if missing else "all are there, but a call failed"
+            raise PeerError(f"after step {self.step}: {found}: {reason}") from error
         finally:  # there is nothing left to stop: a second signal must not kill a worker that is on its way out
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-    # The roll is in the store: the connections of a group are of no use when one of them has failed. The store may be
-    # gone too, with rank 0.
 
-    def _answer_roll_call(self, answer: str) -> bool:
-        """False: there is nobody to write it down."""
-        try:
-            self._store.set(self._key(self._world.rank), answer)
-        except RuntimeError:
-            return False
-        return True
-
-    def _who_ended(self) -> str:
-        """The workers that ended for a reason of their own, and why; "": nobody that is known of."""
-        answers: dict[int, str] = {}
-        with suppress(RuntimeError):
-            for rank in range(self._world.world_size):
-                if self._store.check([self._key(rank)]):
-                    answers[rank] = self._store.get(self._key(rank)).decode()
-        return "; ".join(f"rank {rank} {answer}" for rank, answer in answers.items() if answer != "here")
-
-    def _call_roll(self) -> str:
-        """Who does not answer."""
-        deadline_s = time.monotonic() + self.ROLL_CALL_S
-        missing = list(range(self._world.world_size))
-        with suppress(RuntimeError):
-            while missing and time.monotonic() < deadline_s:
-                missing = [rank for rank in missing if not self._store.check([self._key(rank)])]
-                time.sleep(0.02)
-        ranks = ", ".join(map(str, missing))
-        return (
-            f"waited in vain for rank{'s' * (len(missing) > 1)} {ranks}"
-            if ranks
-            else "all are there, but a call failed"
-        )
-
-    @staticmethod
-    def _key(rank: int) -> str:
-        return f"roll_call/{rank}"
+def _is_of_a_peer(error: Exception) -> bool:
+    of_gloo = type(error) is RuntimeError and "gloo" in first_line(error)
+    return of_gloo or isinstance(error, PeerError | dist.DistError)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from workers import run_workers
 
 from decent import PeerError, StopRequest, World
+from decent.roll_call import RollCall
 
 WAIT_S = 2
 
@@ -65,7 +66,7 @@ def test_nobody_waits_for_a_worker_that_is_not_far_behind(device: str, lag: int)
 def wait_for_the_gpu_without_rank_1() -> str:
     rank = dist.get_rank()
     stop, store = requests_of(rank, "cuda")
-    StopRequest.ROLL_CALL_S = 1
+    RollCall.TIMEOUT_S = 1
     try:
         with stop.naming_the_missing():
             stop.agreed(1, before_a_wait=False)
