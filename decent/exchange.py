@@ -30,7 +30,7 @@ from torch.profiler import record_function
 from decent.topology import Topology
 from decent.world import group_timeout
 
-CHUNK_BYTES = {"gloo": 2**20, "nccl": 2**26}  # of what a pair sends at once, before rounding
+CHUNK_BYTES = {"gloo": 2**20, "nccl": 2**23}  # of what a pair sends at once, before rounding
 CHUNKS_UNDER_WAY = 8
 SEGMENTS = 8  # of what two nodes average
 
@@ -181,7 +181,9 @@ class Exchange:
     def _start_chunks(self, chunks: list[slice], x: Tensor, average: Tensor, route: Route) -> list[Callable[[], None]]:
         """What ends each of them."""
         sent = [x[c] if self._comm_dtype is None else x[c].to(self._comm_dtype) for c in chunks]
-        theirs = [torch.empty_like(t) for t in sent]
+        # Straight to its place where that is free: no memory beside the averages.
+        in_place = self._comm_dtype is not None or average is x
+        theirs = [torch.empty_like(t) if in_place else average[c] for t, c in zip(sent, chunks, strict=True)]
         # Receives first: under gloo each tells the peer that it may send, and must not queue behind our own chunks.
         ops = [dist.P2POp(dist.irecv, t, route.receive_from, self._everyone) for t in theirs]
         ops += [dist.P2POp(dist.isend, t, route.send_to, self._everyone) for t in sent]
