@@ -102,6 +102,11 @@ class TrainConfig(Section):
     def _exchange_is_possible(self) -> "TrainConfig":
         if self.backend != "decentdp" and (self.comm_dtype != "float32" or self.gossip_every != 1):
             raise ValueError(f'comm_dtype and gossip_every are of backend = "decentdp", not "{self.backend}"')
+        if self.gossip_every > 1 and 2 * self.gossip_every > self.n_steps:
+            raise ValueError(
+                f"gossip_every = {self.gossip_every}: no exchange would end within n_steps = {self.n_steps}; "
+                f"use at most {max(1, self.n_steps // 2)}"
+            )
         if self.comm_dtype != "float32" and self.topology == "complete":
             raise ValueError(
                 f'comm_dtype = "{self.comm_dtype}" does not go with topology = "complete": use "exp" or "ring"'

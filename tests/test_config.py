@@ -369,6 +369,7 @@ def test_options_of_the_exchange_have_bounds(tmp_path: Path, override: str, mess
         (["train.comm_dtype=bfloat16", "train.topology=complete"], 'does not go with topology = "complete"'),
         (["train.comm_dtype=bfloat16", "train.backend=pytorchddp"], 'are of backend = "decentdp"'),
         (["train.gossip_every=2", "train.backend=pytorchddp"], 'are of backend = "decentdp"'),
+        (["train.gossip_every=9", "train.n_steps=17", "train.lr_schedule.warmup_steps=0"], "use at most 8"),
     ],
 )
 def test_options_of_the_exchange_that_do_not_go_together_are_refused(
