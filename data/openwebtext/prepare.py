@@ -45,11 +45,11 @@ def main() -> int:
     except ValueError as error:
         message = str(error)
     except OSError as error:
-        from data.pipeline import SPOOL
-
         message = f"{error.filename or args.out}: {error.strerror or error}"
-        if (args.out / SPOOL).exists():
-            message += f"; what is done is in {args.out / SPOOL}, and the same command goes on from there"
+    from data.pipeline import SPOOL
+
+    if any((args.out / SPOOL).glob("*/*")):
+        message += f"; what is done is in {args.out / SPOOL}, for the next run"
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2
 
@@ -147,17 +147,18 @@ def openwebtext(num_proc: int) -> "Source":
 
 def _ask(endpoint: str) -> None:
     """Any answer will do, an error of HTTP as well."""
+    import http.client
     import urllib.error
     import urllib.request
 
     from data.network import answer_within
 
-    request = urllib.request.Request(endpoint, method="HEAD")
     try:
+        request = urllib.request.Request(endpoint, method="HEAD")
         answer_within(ANSWER_S, lambda: urllib.request.urlopen(request, timeout=ANSWER_S).close())
     except urllib.error.HTTPError as error:
         error.close()
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # the latter two: it is no address, no hub
         reason = getattr(error, "reason", error)
         raise ValueError(f"{endpoint} cannot be reached ({reason}): {ALTERNATIVES}") from None
 
