@@ -272,6 +272,8 @@ def _texts_or_bytes(column: "pa.Array[Any]") -> "list[str | bytes | None]":
     """The rows as texts; where one of them is not UTF-8, all as bytes, so that the others are not lost with it."""
     import pyarrow as pa
 
+    if pa.types.is_dictionary(column.type):  # as pandas writes categories
+        column = column.dictionary_decode()
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -291,6 +293,8 @@ def _raise_if_of_the_moment(error: Exception, path: str) -> None:
 def _holds_text(kind: "pa.DataType") -> bool:
     import pyarrow as pa
 
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 

@@ -26,6 +26,7 @@ from data import documents, pipeline, placement, tokenise
 from data.documents import Source, UnitReader, find_files, plan_units
 from data.encoders import Encoder, Tiktoken, best_encoder, build_encoder
 from data.meta import file_sha256, read_meta, settle
+from data.openwebtext import prepare as openwebtext
 from data.placement import lay_out
 from data.progress import Progress
 from data.spool import Part, read_lengths, read_part
@@ -691,6 +692,29 @@ def test_a_parquet_file_that_cannot_be_read_now_is_not_called_broken(
     for read in (lambda: plan_units(Source("test", (str(path),))), lambda: list(UnitReader(unit, "text"))):
         with pytest.raises(OSError, match=r"a\.parquet"):
             read()
+
+
+def test_a_column_of_categories_is_a_column_of_texts(tmp_path: Path) -> None:
+    rows = texts(20)
+    pq.write_table(pa.table({"text": pa.array(rows).dictionary_encode()}), tmp_path / "a.parquet")
+    (unit,) = plan_units(Source("test", (str(tmp_path / "a.parquet"),)))
+    assert list(UnitReader(unit, "text")) == rows
+
+
+def test_a_late_mistake_says_where_the_work_before_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tokenise, "_PART_TOKENS", 100)
+    path = jsonl(tmp_path / "a.jsonl", texts(50))
+    with open(path, "a") as file:
+        file.write("broken\n")
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--input", str(path), "--out", str(out)])
+    assert openwebtext.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "a.jsonl, line 51: is no JSON" in line
+    assert f"what is done is in {out / '.prepare'}" in line
+    assert part_paths(out)
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
