@@ -38,6 +38,7 @@ ALL_ARMS = (
 )
 FORWARD_SHARE = 1 / 3  # of the computation of a step; a backward costs two forwards
 DEFAULT_STEPS, STRAGGLER_STEPS = 4, 96  # of a block: with stragglers the draws must average out
+DEFAULT_ROUNDS, STRAGGLER_ROUNDS = 3, 4  # which come in pairs (netlab_worker.slowness_of)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def parse_arms(text: str) -> list[Arm]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", type=parse_arms, default="default", help='names with commas, or "all" (%(default)s)')
     parser.add_argument("--steps", type=_int_from_1, help="of a block, rounded up to whole periods (4; stragglers: 96)")
-    parser.add_argument("--rounds", type=_int_from_1, default=3, help="blocks of each arm, by turns (%(default)s)")
+    parser.add_argument("--rounds", type=_int_from_1, help="blocks of each arm, by turns (3; stragglers: 4)")
     parser.add_argument("--compute-ms", type=at_least(0), default=345, help="forward and backward (%(default)s)")
     parser.add_argument("--straggler", type=at_least(1), default=1, help="one random worker's slowness in each step")
     parser.add_argument("--n-layers", type=_int_from_1, default=8, help="of the GPT that is emulated (%(default)s)")
@@ -131,7 +132,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "procs": args.procs,
         "arms": [asdict(arm) for arm in args.arms],
         "steps": args.steps or (STRAGGLER_STEPS if args.straggler > 1 else DEFAULT_STEPS),
-        "rounds": args.rounds,
+        "rounds": args.rounds or (STRAGGLER_ROUNDS if args.straggler > 1 else DEFAULT_ROUNDS),
         "forward_ms": args.compute_ms * FORWARD_SHARE,
         "backward_ms": args.compute_ms * (1 - FORWARD_SHARE),
         "straggler": args.straggler,
