@@ -13,7 +13,7 @@ HERE = "here"
 class RollCall:
     """The roll of one worker. store: the torch.distributed.Store of all."""
 
-    TIMEOUT_S: float = 10  # for workers that fail a little later, each with an error of its own
+    TIMEOUT_S: float = 5  # for workers that fail a little later, each with an error of its own
 
     def __init__(self, rank: int, world_size: int, store: Any) -> None:
         self._rank, self._world_size, self._store = rank, world_size, store
