@@ -1,6 +1,5 @@
 """Runs that are stopped, killed, or find their files damaged: what is left, and that they go on as if undisturbed."""
 
-import dataclasses
 import hashlib
 import os
 import random
@@ -20,7 +19,6 @@ import pytest
 import torch
 from test_train import Launcher, Run, launcher, timeless, without_times
 
-from decent import World
 from decent.checkpoint_files import read_index, write_index
 
 __all__ = ["launcher"]  # a fixture
@@ -470,19 +468,21 @@ def steps_saved(place: Path) -> list[int]:
 
 @pytest.mark.fault
 @pytest.mark.dist
-def test_a_signal_to_one_worker_stops_all_after_the_same_step(launcher: Launcher, tmp_path: Path) -> None:
-    stopped_after = 0
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        process = start(launcher, tmp_path, *LONG, n=2)
-        wait_for(lambda before=stopped_after: steps_saved(tmp_path)[-1:] > [before])
-        os.kill(workers_of(tmp_path)[-1], number)
-        assert process.wait(60) == 0, (tmp_path / "err").read_text()
-        log = (tmp_path / "log/run/train.log").read_text()
-        if stopped_after:
-            assert f"step {stopped_after}\n" in log[log.index("Resumed from") :]
-        stopped_after = int(re.findall(r"Asked to stop: ends after step (\d+); the same command goes on", log)[-1])
-        assert steps_saved(tmp_path)[-1] == stopped_after
-    assert log.count("Asked to stop") == 2
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_one_worker_stops_all_after_the_same_step(
+    launcher: Launcher, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(launcher, tmp_path, *LONG, n=2)
+    wait_for(lambda: steps_saved(tmp_path))
+    os.kill(workers_of(tmp_path)[-1], number)
+    assert process.wait(60) == 0, (tmp_path / "err").read_text()
+    log = (tmp_path / "log/run/train.log").read_text()
+    stopped = re.search(r"Asked to stop: ends after step (\d+); the same command goes on from there", log)
+    assert stopped, log
+    assert steps_saved(tmp_path)[-1] == int(stopped[1])
+    again = start(launcher, tmp_path, *LONG, f"train.n_steps={int(stopped[1]) + 3}", n=2)
+    assert again.wait(60) == 0, (tmp_path / "err").read_text()
+    assert f"step {stopped[1]}\n" in (tmp_path / "log/run/train.log").read_text()
 
 
 @pytest.mark.fault
@@ -528,12 +528,15 @@ def test_the_torchruns_of_two_nodes_restart_together(launcher: Launcher, tmp_pat
     assert steps_saved(tmp_path)[-1] == 400
 
 
-def test_restarts_on_two_nodes_that_could_only_hang_are_refused() -> None:
-    torchruns = World(0, 4, 0, 2, torch.device("cpu"), max_restarts=1)
-    torchruns.check()
-    dataclasses.replace(torchruns, world_size=2, store_stays=True).check()
-    with pytest.raises(ValueError, match="--max-restarts=1 on more than one node needs TORCH_DISABLE_SHARE_RDZV_TCP_S"):
-        dataclasses.replace(torchruns, store_stays=True).check()
+@pytest.mark.dist
+def test_restarts_on_two_nodes_that_could_only_hang_are_refused(launcher: Launcher, tmp_path: Path) -> None:
+    nodes = two_nodes(launcher, tmp_path, *LONG)
+    assert all(node.wait(60) for node in nodes)
+    assert (
+        "--max-restarts=1 on more than one node needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        in (tmp_path / "err").read_text()
+    )
+    assert not (tmp_path / "log").exists()
 
 
 @pytest.mark.fault
