@@ -10,9 +10,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from data.meta import file_sha256
 
@@ -28,22 +28,18 @@ def answer_within(timeout_s: float, ask: Callable[[], T]) -> T:
     Raises:
         TimeoutError: there is no answer.
     """
-    answers: SimpleQueue[tuple[T, None] | tuple[None, Exception]] = SimpleQueue()
+    found: Future[T] = Future()
 
     def answer() -> None:
         try:
-            answers.put((ask(), None))
+            found.set_result(ask())
         except Exception as error:
-            answers.put((None, error))
+            found.set_exception(error)
 
     threading.Thread(target=answer, daemon=True).start()
-    try:
-        found, error = answers.get(timeout=timeout_s)
-    except Empty:
-        raise TimeoutError(f"no answer within {timeout_s:g} s") from None
-    if error is not None:
-        raise error
-    return cast(T, found)
+    if not wait([found], timeout_s).done:
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    return found.result()
 
 
 def fetch_wheel(requirement: str, sha256: str, *, timeout_s: float = 50) -> Path:

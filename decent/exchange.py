@@ -182,8 +182,8 @@ class Exchange:
         """What ends each of them."""
         sent = [x[c] if self._comm_dtype is None else x[c].to(self._comm_dtype) for c in chunks]
         # Straight to its place where that is free: no memory beside the averages.
-        in_place = self._comm_dtype is not None or average is x
-        theirs = [torch.empty_like(t) if in_place else average[c] for t, c in zip(sent, chunks, strict=True)]
+        is_free = self._comm_dtype is None and average is not x
+        theirs = [average[c] if is_free else torch.empty_like(t) for t, c in zip(sent, chunks, strict=True)]
         # Receives first: under gloo each tells the peer that it may send, and must not queue behind our own chunks.
         ops = [dist.P2POp(dist.irecv, t, route.receive_from, self._everyone) for t in theirs]
         ops += [dist.P2POp(dist.isend, t, route.send_to, self._everyone) for t in sent]

@@ -127,12 +127,13 @@ def at_least(low: float) -> Callable[[str], float]:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the workers must know, as JSON."""
+    straggling = args.straggler > 1
     return {
         "nodes": args.nodes,
         "procs": args.procs,
         "arms": [asdict(arm) for arm in args.arms],
-        "steps": args.steps or (STRAGGLER_STEPS if args.straggler > 1 else DEFAULT_STEPS),
-        "rounds": args.rounds or (STRAGGLER_ROUNDS if args.straggler > 1 else DEFAULT_ROUNDS),
+        "steps": args.steps or (STRAGGLER_STEPS if straggling else DEFAULT_STEPS),
+        "rounds": args.rounds or (STRAGGLER_ROUNDS if straggling else DEFAULT_ROUNDS),
         "forward_ms": args.compute_ms * FORWARD_SHARE,
         "backward_ms": args.compute_ms * (1 - FORWARD_SHARE),
         "straggler": args.straggler,
