@@ -67,7 +67,15 @@ vocab_size = {VOCAB_SIZE}
 """
 
 SERVER = """
-import atexit, json, os, runpy, signal, sys, threading, time, traceback
+import atexit, json, os, runpy, signal, sys, time, traceback
+
+code = 0
+
+@atexit.register
+def leave():  # the last to be called, for it was the first to be registered
+    sys.stderr.flush()
+    os._exit(code)  # tearing down all that was imported takes five times as long as a run
+
 import loguru, numpy, pydantic, torch.distributed, torch.nn.parallel, tqdm, wandb
 import torch._dynamo  # the first step of any optimizer imports it
 
@@ -85,7 +93,6 @@ for line in sys.stdin:
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
         sys.argv = argv
         sys.path.insert(0, os.path.dirname(argv[0]))
-        code = 0
         try:
             exec(first)
             runpy.run_path(argv[0], run_name="__main__")
@@ -94,10 +101,7 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
             code = 1
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        sys.stderr.flush()
-        os._exit(code)  # tearing down all that was imported takes five times as long as a run
+        sys.exit()
     deadline = time.monotonic() + timeout_s
     while running:
         for pid in list(running):
