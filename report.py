@@ -20,7 +20,7 @@ from tqdm import tqdm
 from config import Config
 from decent import World
 from decent.checkpoint_files import synced
-from decent.world import first_line
+from decent.roll_call import first_line
 from model import GPT
 
 LOG_FORMAT = "[{time:HH:mm:ss} {level: >5}] {message}"

@@ -27,6 +27,7 @@ from decent import (
     Checkpoints,
     DecentDP,
     PeerError,
+    RollCall,
     SetupError,
     StopRequest,
     World,
@@ -57,23 +58,22 @@ def main() -> int:
     except ValueError as error:
         cfg = error  # raised when the workers have met, for then all end with it
     timeout_s = cfg.train.timeout_s if isinstance(cfg, Config) else None
-    with world.connected(timeout_s) as store:
-        stop = StopRequest(world, store, timeout_s)
-        try:
-            with stop.naming_the_missing():
+    try:
+        with world.connected(timeout_s) as roll, closing(StopRequest(world, roll, timeout_s)) as stop:
+            try:
                 tune_process()
                 cfg, dataset, run_dir = prepare(world, cfg)
-                saved = train(world, cfg, dataset, run_dir, stop)
-        except SetupError as error:
-            logger.error(error)  # rank 0 speaks for all
-            world.gather(None)  # nobody leaves before it has: torchrun ends the others with the first
-            return 2
-        except (TokenError, NonFiniteLoss, PeerError) as error:  # found by this worker alone
-            if world.rank == 0:
-                logger.error(error)
-            else:
-                print(f"rank {world.rank}: {error}", file=sys.stderr)
-            return 2 if isinstance(error, TokenError) else 1
+                saved = train(world, cfg, dataset, run_dir, roll, stop)
+            except SetupError as error:
+                logger.error(error)  # rank 0 speaks for all
+                world.gather(None)  # nobody leaves before it has: torchrun ends the others with the first
+                return 2
+    except (TokenError, NonFiniteLoss, PeerError) as error:  # found by this worker alone
+        if world.rank == 0:
+            logger.error(error)
+        else:
+            print(f"rank {world.rank}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, TokenError) else 1
     return 0 if saved else 1  # not 0: the job would be requeued, again and again
 
 
@@ -118,7 +118,7 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
     return cfg, dataset, run_dir
 
 
-def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, stop: StopRequest) -> bool:
+def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, roll: RollCall, stop: StopRequest) -> bool:
     """Whether the state at its end, or where it was asked to stop, is saved."""
     torch.manual_seed(cfg.train.seed)
     gpt = GPT(cfg.model, cfg.train.context_length).to(world.device)
@@ -131,13 +131,13 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, stop:
     checkpoints = Checkpoints(
         run_dir / "checkpoint", world, model, {"optimizer": optimizer, "scaler": scaler, "report": report}, cfg
     )
-    first_step = stop.step = checkpoints.restore()
+    first_step = roll.step = checkpoints.restore()
     steps, size = range(first_step, cfg.train.n_steps), cfg.train.global_batch_size
     with (
         closing(dataset.batches("train", steps, world.rows(size), size, device=world.device)) as batches,
         closing(checkpoints),
         report.running(first_step),
-        stop.answering(),
+        roll.answering(),
     ):
         for step, (x, y) in zip(steps, report.timed(batches), strict=True):
             lr = lr_at(step, cfg.train.lr_schedule, cfg.train.n_steps)

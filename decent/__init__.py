@@ -3,14 +3,16 @@
 from decent.allreduce_dp import AllReduceDP
 from decent.checkpoint import Checkpoints, find_start
 from decent.decent_dp import DecentDP
+from decent.roll_call import PeerError, RollCall
 from decent.topology import Topology, build_topology
-from decent.world import PeerError, SetupError, StopRequest, World
+from decent.world import SetupError, StopRequest, World
 
 __all__ = [
     "AllReduceDP",
     "Checkpoints",
     "DecentDP",
     "PeerError",
+    "RollCall",
     "SetupError",
     "StopRequest",
     "Topology",

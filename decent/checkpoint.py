@@ -39,7 +39,8 @@ from decent.checkpoint_files import (
     write_worker,
 )
 from decent.decent_dp import DecentDP
-from decent.world import World, first_line
+from decent.roll_call import first_line
+from decent.world import World
 
 if TYPE_CHECKING:
     from config import Config
@@ -91,7 +92,11 @@ class Checkpoints:
         self._writing = self._executor.submit(self._write, step, copy)
 
     def wait(self) -> bool:
-        """Until the last checkpoint is written, or has failed: then it is False, on worker 0 at least."""
+        """Until the last checkpoint is written, or has failed: then it is False, on worker 0 at least.
+
+        Raises:
+            RuntimeError: another worker did not do its part.
+        """
         return self._writing is None or self._writing.result()
 
     def close(self) -> None:
@@ -111,9 +116,9 @@ class Checkpoints:
                 if self._world.rank == 0:
                     shutil.rmtree(hidden, ignore_errors=True)
             return not errors
-        except RuntimeError as error:  # a worker is gone, which the training loop will find as well
-            logger.error(f"checkpoint of step {step} not saved: {first_line(error)}")
-            return False
+        except RuntimeError:  # a worker is gone; who waits for the thread learns of it
+            logger.error(f"checkpoint of step {step} not saved")
+            raise
 
     def _gather(self, value: T) -> list[T]:
         values: list[T] = [value] * self._world.world_size

@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from decent.world import first_line
+from decent.roll_call import first_line
 
 State = dict[str, Any]  # what torch.load(weights_only=True) can read: tensors, numbers, strings, lists, dicts
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from decent.exchange import Exchange
+from decent.roll_call import PeerError, first_line
 from decent.topology import build_topology
-from decent.world import PeerError, World, first_line
+from decent.world import World
 
 ALIGNMENT_BYTES = 128  # of each parameter in the flat buffer, as kernels with vector loads want it
 

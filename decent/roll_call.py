@@ -3,26 +3,68 @@
 The connections of a process group are of no use when one of them has failed. The store may be gone too, with rank 0.
 """
 
+import re
 import time
-from contextlib import suppress
-from typing import Any
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+
+import torch.distributed as dist
 
 HERE = "here"
 
 
+class PeerError(RuntimeError):
+    """Another worker did not do its part: it died, or it did not answer in time; the message is one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line: backends add where they found it, traces and advice."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+\.cc:\d+\] ", "", line).partition(". This is typically ")[0]
+
+
 class RollCall:
-    """The roll of one worker. store: the torch.distributed.Store of all."""
+    """The roll of one worker. store: that of all workers."""
 
     TIMEOUT_S: float = 5  # for workers that fail a little later, each with an error of its own
 
-    def __init__(self, rank: int, world_size: int, store: Any) -> None:
+    def __init__(self, rank: int, world_size: int, store: dist.Store) -> None:
+        self.step = 0  # done, of the whole run
         self._rank, self._world_size, self._store = rank, world_size, store
 
-    def answer(self, answer: str = HERE) -> None:
-        with suppress(RuntimeError):  # there is nobody to write it down
-            self._store.set(_key(self._rank), answer)
+    @contextmanager
+    def answering(self) -> Generator[None]:
+        """When the block fails, the roll call is answered before what is around it is closed, which may take long."""
+        try:
+            yield
+        except Exception as error:
+            with suppress(RuntimeError):  # there is nobody to write it down
+                self._store.set(_key(self._rank), HERE if _is_of_a_peer(error) else first_line(error))
+            raise
 
-    def ended(self) -> str:
+    @contextmanager
+    def naming_the_missing(self) -> Generator[None]:
+        """Turns what the backend says of a failed collective into a PeerError that names the ranks which are missing,
+        or says why they ended.
+
+        All workers that are left come here, each with an error of its own.
+        """
+        try:
+            with self.answering():
+                yield
+        except Exception as error:
+            if not _is_of_a_peer(error):
+                raise
+            when = f"after step {self.step}" if self.step else "at the start"
+            if ended := self._ended():
+                raise PeerError(f"{when}: {ended}") from error
+            missing, reason = self._missing(), first_line(error)
+            if isinstance(error, PeerError):  # names a neighbour, which may have waited for another one in its turn
+                raise PeerError(f"{reason}; no answer from {missing}" if missing else reason) from error
+            found = f"waited in vain for {missing}" if missing else "all are there, but a call failed"
+            raise PeerError(f"{when}: {found}: {reason}") from error
+
+    def _ended(self) -> str:
         """The workers that ended for a reason of their own, and why; "": nobody that is known of."""
         answers: dict[int, str] = {}
         with suppress(RuntimeError):
@@ -31,7 +73,7 @@ class RollCall:
                     answers[rank] = self._store.get(_key(rank)).decode()
         return "; ".join(f"rank {rank} ended: {answer}" for rank, answer in answers.items() if answer != HERE)
 
-    def missing(self) -> str:
+    def _missing(self) -> str:
         """Who does not answer within TIMEOUT_S: "rank 3" or "ranks 3, 5"; "": nobody."""
         deadline_s = time.monotonic() + self.TIMEOUT_S
         missing = list(range(self._world_size))
@@ -47,3 +89,8 @@ class RollCall:
 
 def _key(rank: int) -> str:
     return f"roll_call/{rank}"
+
+
+def _is_of_a_peer(error: Exception) -> bool:
+    of_gloo = type(error) is RuntimeError and "gloo" in str(error)
+    return of_gloo or isinstance(error, PeerError | dist.DistError)

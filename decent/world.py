@@ -17,22 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from decent.roll_call import HERE, RollCall
+from decent.roll_call import PeerError, RollCall, first_line
 
 T = TypeVar("T")
 
 
 class SetupError(ValueError):
     """A user's mistake that every worker knows of by now; the message is one line."""
-
-
-class PeerError(RuntimeError):
-    """Another worker did not do its part: it died, or it did not answer in time; the message is one line."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, for a message of one line: backends add traces and advice."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def group_timeout(timeout_s: float | None, device: torch.device) -> timedelta | None:
@@ -94,30 +85,40 @@ class World:
             )
 
     @contextmanager
-    def connected(self, timeout_s: float | None = None) -> Generator[dist.Store]:
-        """The process group, nccl on GPUs and gloo on CPUs, for as long as the block runs; yields its store.
+    def connected(self, timeout_s: float | None = None) -> Generator[RollCall]:
+        """The process group, nccl on GPUs and gloo on CPUs, for as long as the block runs.
 
         timeout_s: how long its members wait for each other; None is PyTorch's default.
+
+        Raises:
+            PeerError: another worker does not come, or a collective of the block has failed since one is missing.
         """
         timeout = group_timeout(timeout_s, self.device)
         # A world of one needs no rendezvous, and then neither ports nor host names can be in its way.
-        store = dist.HashStore() if self.world_size == 1 else self._rendezvous()
+        store = dist.HashStore() if self.world_size == 1 else self._rendezvous(timeout)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             backend, device_id = "nccl", self.device
         else:
             backend, device_id = "gloo", None
-        dist.init_process_group(
-            backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world_size, device_id=device_id
-        )
+        roll = RollCall(self.rank, self.world_size, store)
+        with roll.naming_the_missing():
+            dist.init_process_group(
+                backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world_size, device_id=device_id
+            )
         try:
-            yield store
+            with roll.naming_the_missing():
+                yield roll
         finally:
             dist.destroy_process_group()
 
-    def _rendezvous(self) -> dist.Store:
+    def _rendezvous(self, timeout: timedelta | None) -> dist.Store:
         """torchrun's store. One that stays still holds the addresses of the workers that died: hence the prefix."""
-        store, _, _ = next(rendezvous("env://", self.rank, self.world_size))
+        options = {} if timeout is None else {"timeout": timeout}
+        try:
+            store, _, _ = next(rendezvous("env://", self.rank, self.world_size, **options))
+        except dist.DistError as error:
+            raise PeerError(f"at the start: the {self.world_size} workers did not meet: {first_line(error)}") from error
         # Only where it is needed, for the torchruns of several nodes count their restarts each for itself.
         return dist.PrefixStore(f"restart_{self.restart_count}", store) if self.store_stays else store
 
@@ -196,9 +197,8 @@ class StopRequest:
     GPU_LAG = 1  # for CUDA takes about a thousand kernels; then queueing more behind a worker that hangs waits too
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, world: World, store: dist.Store, timeout_s: float | None = None) -> None:
-        self.step = 0  # done, of the whole run
-        self._roll = RollCall(world.rank, world.world_size, store)
+    def __init__(self, world: World, roll: RollCall, timeout_s: float | None = None) -> None:
+        self._roll = roll
         self._received = False
         on_gpu = world.device.type == "cuda"
         self._lag, self._lag_before_a_wait = (self.GPU_LAG, 0) if on_gpu else (self.LAG, self.LAG)
@@ -216,7 +216,7 @@ class StopRequest:
 
         before_a_wait: what comes next may wait for the GPU, on all workers; to stop is to wait for it too.
         """
-        self.step = step
+        self._roll.step = step
         flag = torch.tensor(float(self._received))
         work = dist.all_reduce(flag, group=self._group, async_op=True)
         assert work is not None
@@ -229,39 +229,6 @@ class StopRequest:
                 stopping, lag = True, self._lag_before_a_wait
         return stopping
 
-    @contextmanager
-    def answering(self) -> Generator[None]:
-        """When the block fails, the roll call is answered before what is around it is closed, which may take long."""
-        try:
-            yield
-        except Exception as error:
-            self._roll.answer(HERE if _is_of_a_peer(error) else first_line(error))
-            raise
-
-    @contextmanager
-    def naming_the_missing(self) -> Generator[None]:
-        """Turns what the backend says of a failed collective into a PeerError that names the ranks which are missing,
-        or says why they ended.
-
-        All workers that are left come here, each with an error of its own.
-        """
-        try:
-            with self.answering():
-                yield
-        except Exception as error:
-            if not _is_of_a_peer(error):
-                raise
-            if ended := self._roll.ended():
-                raise PeerError(f"after step {self.step}: {ended}") from error
-            missing, reason = self._roll.missing(), first_line(error)
-            if isinstance(error, PeerError):  # names a neighbour, which may have waited for another one in its turn
-                raise PeerError(f"{reason}; no answer from {missing}" if missing else reason) from error
-            found = f"waited in vain for {missing}" if missing else "all are there, but a call failed"
-            raise PeerError(f"after step {self.step}: {found}: {reason}") from error
-        finally:  # there is nothing left to stop: a second signal must not kill a worker that is on its way out
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
-def _is_of_a_peer(error: Exception) -> bool:
-    of_gloo = type(error) is RuntimeError and "gloo" in first_line(error)
-    return of_gloo or isinstance(error, PeerError | dist.DistError)
+    def close(self) -> None:
+        """There is nothing left to stop: a second signal must not kill a worker that is on its way out."""
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DISTRIBUTED = {f"decent/{name}.py" for name in ("world", "exchange", "decent_dp", "allreduce_dp", "checkpoint")}
+DISTRIBUTED = {
+    f"decent/{name}.py" for name in ("world", "roll_call", "exchange", "decent_dp", "allreduce_dp", "checkpoint")
+}
 BENCHMARKS = {"scripts/bench.py", "scripts/netlab_worker.py"}  # time the bare collectives and other wrappers
 
 PROJECT = {"config", "data", "decent", "evaluation", "model", "optim", "report", "train"}

@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import select
+import socket
 import subprocess
 import sys
 import tempfile
@@ -531,6 +532,36 @@ def test_a_loss_that_is_not_finite_on_one_worker_leaves_no_other_waiting(launche
     assert run.codes[1] == 1, run.errors
     assert "rank 1: the loss is" in run.errors[1]
     assert run.codes[0] not in (0, -9), run.errors
+
+
+@pytest.mark.fault
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("agent_store", "message"),
+    [("True", "waited in vain for rank 1: "), ("False", "the 2 workers did not meet: ")],
+    ids=["torchrun", "no torchrun"],
+)
+def test_a_worker_that_does_not_come_is_waited_for_until_the_timeout(
+    launcher: Launcher, agent_store: str, message: str
+) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    late = f"""
+import decent.roll_call
+decent.roll_call.RollCall.TIMEOUT_S = 1
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "{agent_store}"
+if not {agent_store}:
+    os.environ["MASTER_PORT"] = "{port}"
+if os.environ["RANK"] == "1":
+    time.sleep(6)
+    os._exit(0)
+"""
+    run = launcher.run("train.timeout_s=2", n=2, first=late, timeout_s=20)
+    assert run.codes == [1, 0], run.errors
+    (line,) = [line for line in run.errors[0].splitlines() if "ERROR" in line]
+    assert f"at the start: {message}" in line
+    assert "Traceback" not in run.errors[0]
 
 
 @pytest.mark.fault

@@ -8,21 +8,20 @@ import torch
 import torch.distributed as dist
 from workers import run_workers
 
-from decent import PeerError, StopRequest, World
-from decent.roll_call import RollCall
+from decent import PeerError, RollCall, StopRequest, World
 
 WAIT_S = 2
 
 
-def requests_of(rank: int, device: str) -> tuple[StopRequest, dist.Store]:
+def requests_of(rank: int, device: str) -> tuple[StopRequest, RollCall, dist.Store]:
     store = dist.distributed_c10d._get_default_store()
-    world = World(rank, 2, rank, 2, torch.device(device))
-    return StopRequest(world, store, timeout_s=WAIT_S), store
+    roll = RollCall(rank, 2, store)
+    return StopRequest(World(rank, 2, rank, 2, torch.device(device)), roll, timeout_s=WAIT_S), roll, store
 
 
 def ask_one_and_count_steps(device: str, asked: int) -> list[bool]:
     rank = dist.get_rank()
-    stop, _ = requests_of(rank, device)
+    stop, _, _ = requests_of(rank, device)
     answers = []
     for step in range(1, 31):
         if rank == 1 and step == asked:
@@ -47,7 +46,7 @@ def test_a_request_in_a_step_before_a_wait_for_the_gpu_is_known_in_it() -> None:
 def run_ahead_of_rank_1(device: str, lag: int) -> bool:
     """Rank 1 takes part in its next step only when rank 0 is through with `lag` more."""
     rank = dist.get_rank()
-    stop, store = requests_of(rank, device)
+    stop, _, store = requests_of(rank, device)
     stop.agreed(1, before_a_wait=False)
     for step in range(2, lag + 2):
         if rank == 1 and step == 2:
@@ -65,10 +64,10 @@ def test_nobody_waits_for_a_worker_that_is_not_far_behind(device: str, lag: int)
 
 def wait_for_the_gpu_without_rank_1() -> str:
     rank = dist.get_rank()
-    stop, store = requests_of(rank, "cuda")
+    stop, roll, store = requests_of(rank, "cuda")
     RollCall.TIMEOUT_S = 1
     try:
-        with stop.naming_the_missing():
+        with roll.naming_the_missing():
             stop.agreed(1, before_a_wait=False)
             if rank == 1:
                 store.wait(["rank 0 has noticed"])
