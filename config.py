@@ -100,8 +100,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _exchange_is_possible(self) -> "TrainConfig":
-        if self.backend != "decentdp" and (self.comm_dtype != "float32" or self.gossip_every != 1):
-            raise ValueError(f'comm_dtype and gossip_every are of backend = "decentdp", not "{self.backend}"')
+        for key, value, default in (("comm_dtype", self.comm_dtype, "float32"), ("gossip_every", self.gossip_every, 1)):
+            if self.backend != "decentdp" and value != default:
+                raise ValueError(f'{key} = {value} is for backend = "decentdp": leave it out with "{self.backend}"')
         if self.gossip_every > 1 and 2 * self.gossip_every > self.n_steps:
             raise ValueError(
                 f"gossip_every = {self.gossip_every}: no exchange would end within n_steps = {self.n_steps}; "

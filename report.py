@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,8 +40,22 @@ def log_to_terminal(world: World) -> None:
         logger.add(lambda line: tqdm.write(line, file=sys.stderr, end=""), format=LOG_FORMAT)
 
 
-def log_to_file(path: Path) -> None:
-    logger.add(path, format=LOG_FORMAT)
+def open_run_dir(run_dir: Path, cfg: Config) -> None:
+    """Makes it, with its config.toml, and begins, or goes on with, its train.log.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    hidden = run_dir / ".config.toml"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        hidden.write_text(cfg.to_toml())
+        hidden.replace(run_dir / "config.toml")  # whole or not at all
+        logger.add(run_dir / "train.log", format=LOG_FORMAT)
+    except OSError as error:
+        with suppress(OSError):
+            hidden.unlink()
+        raise ValueError(f'log_dir = "{cfg.log_dir}": {run_dir} cannot be written: {error.strerror}') from None
 
 
 class Report:
@@ -179,8 +193,8 @@ class Report:
         """
         if self.cfg.train.stop_on_nan and not math.isfinite(loss):
             raise NonFiniteLoss(
-                f"the loss is {loss} at step {step}: training stops; the last checkpoint in {self.run_dir} was saved "
-                "before. Try a lower train.lr_schedule.lr, more warmup_steps or amp = false"
+                f"the loss is {loss} at step {step}: training stops; checkpoints in {self.run_dir} are from before. "
+                "Try a lower train.lr_schedule.lr, more warmup_steps or amp = false"
             )
 
     def save_best_model(self, step: int, val_loss: float) -> None:

@@ -37,7 +37,7 @@ from decent import (
 from evaluation import evaluate
 from model import GPT
 from optim import build_optimizer, lr_at
-from report import NonFiniteLoss, Report, log_in_to_wandb, log_to_file, log_to_terminal
+from report import NonFiniteLoss, Report, log_in_to_wandb, log_to_terminal, open_run_dir
 
 # glibc's malloc.h: number of the option, value
 MALLOC_OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28)}
@@ -110,10 +110,7 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
         find_start(run_dir / "checkpoint", cfg)  # a mistake in it is a mistake in the input too
     with world.failing_together():
         if world.rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / ".config.toml").write_text(cfg.to_toml())
-            (run_dir / ".config.toml").replace(run_dir / "config.toml")  # whole or not at all
-            log_to_file(run_dir / "train.log")
+            open_run_dir(run_dir, cfg)
             logger.info(meta.describe() if meta else f"corpus: {cfg.data_dir}, which has no meta.json")
     return cfg, dataset, run_dir
 

@@ -185,7 +185,9 @@ class Checkpoints:
         else:
             logger.info(f"{saved.path} is of {n_workers} workers, this run has {n_now}")
         self._model.restart(state["in_flight"])
-        logger.info(f"Resumed from {saved.path}: step {saved.step}")
+        n_steps = self._cfg.train.n_steps
+        done = f", and train.n_steps = {n_steps}: there is nothing left to do" if saved.step >= n_steps else ""
+        logger.info(f"Resumed from {saved.path}: step {saved.step}{done}")
         return saved.step
 
     def _newest_undamaged(self, candidates: list[Path]) -> tuple[Saved, State]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterator
@@ -84,6 +85,10 @@ def read_worker(saved: Saved, rank: int) -> State:
         return torch.load(path, map_location="cpu", weights_only=True)
     except DamagedCheckpoint:
         raise
+    except pickle.UnpicklingError:  # torch's message tells how to load it all the same
+        raise DamagedCheckpoint(
+            f"{path}: holds more than tensors and numbers, which could run code: not loaded"
+        ) from None
     except Exception as error:  # a file made to do harm fails in ways of its own
         raise DamagedCheckpoint(f"{path}: cannot be read: {first_line(error)}") from None
 

@@ -4,6 +4,7 @@ python scripts/sample.py log/<run>/best_model.pth --prompt "My fellow Americans,
 """
 
 import argparse
+import pickle
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,6 +88,10 @@ def load_model(path: str) -> "GPT":
         raise ValueError(f"{path}: no such file") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError:  # torch's message tells how to load it all the same
+        raise ValueError(
+            f"{path}: not a best_model.pth of train.py (broken, or more than tensors and numbers)"
+        ) from None
     except Exception as error:  # any there is: the bytes of a broken file are instructions to the unpickler
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path}: not a best_model.pth of train.py ({reason})") from None

@@ -367,8 +367,11 @@ def test_options_of_the_exchange_have_bounds(tmp_path: Path, override: str, mess
     ("overrides", "message"),
     [
         (["train.comm_dtype=bfloat16", "train.topology=complete"], 'does not go with topology = "complete"'),
-        (["train.comm_dtype=bfloat16", "train.backend=pytorchddp"], 'are of backend = "decentdp"'),
-        (["train.gossip_every=2", "train.backend=pytorchddp"], 'are of backend = "decentdp"'),
+        (
+            ["train.comm_dtype=bfloat16", "train.backend=pytorchddp"],
+            'train.comm_dtype = bfloat16 is for backend = "decentdp": leave it out with "pytorchddp"',
+        ),
+        (["train.gossip_every=2", "train.backend=pytorchddp"], 'train.gossip_every = 2 is for backend = "decentdp"'),
         (["train.gossip_every=9", "train.n_steps=17", "train.lr_schedule.warmup_steps=0"], "use at most 8"),
     ],
 )

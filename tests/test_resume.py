@@ -129,7 +129,7 @@ def test_a_finished_run_has_nothing_to_do_and_a_longer_one_goes_on(launcher: Lau
     first = in_place(launcher, tmp_path)
     again = in_place(launcher, tmp_path)
     assert again.codes == [0]
-    assert "Resumed from" in again.errors[0]
+    assert "step-000000012: step 12, and train.n_steps = 12: there is nothing left to do" in again.errors[0]
     assert again.metrics == first.metrics
     longer = in_place(launcher, tmp_path, "train.n_steps=20")
     assert longer.codes == [0]
@@ -361,6 +361,7 @@ def test_no_code_of_a_checkpoint_is_run(launcher: Launcher, tmp_path: Path) -> N
         write_index(path.parent, saved.step, saved.about, facts)
     again = in_place(launcher, tmp_path)
     assert again.codes == [2]
+    assert "holds more than tensors and numbers, which could run code: not loaded" in again.errors[0]
     assert not (tmp_path / "was here").exists()
 
 

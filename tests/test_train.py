@@ -672,7 +672,24 @@ os.geteuid() or os.setuid(65534)
 
 def test_a_log_dir_that_is_a_file_is_refused(launcher: Launcher, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert_refused(launcher.run(f"log_dir={tmp_path / 'file'}"), str(tmp_path / "file"))
+    run = launcher.run(f"log_dir={tmp_path / 'file'}")
+    assert_refused(run, f'log_dir = "{tmp_path / "file"}": ', " cannot be written: Not a directory")
+
+
+def test_a_full_disk_at_the_start_is_refused(launcher: Launcher) -> None:
+    full = """
+import os, pathlib
+write_text = pathlib.Path.write_text
+def fill(self, text, *args, **options):
+    write_text(self, text[:5], *args, **options)
+    raise OSError(28, os.strerror(28))
+pathlib.Path.write_text = fill
+"""
+    run = launcher.run("log.run_name=run", first=full)
+    assert run.codes == [2], run.errors
+    (line,) = run.errors[0].splitlines()
+    assert 'log_dir = "./log": log/run cannot be written: No space left on device' in line
+    assert not list(run.dir.iterdir())
 
 
 def test_a_key_that_wandb_does_not_take_is_refused(launcher: Launcher) -> None:
