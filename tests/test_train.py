@@ -325,6 +325,25 @@ def test_best_model_has_the_best_loss_of_the_metrics_on_the_same_batches(finishe
     assert val_loss(saved, launcher) == pytest.approx(best["val_loss"], rel=1e-6)
 
 
+@pytest.mark.fault
+def test_a_best_model_that_cannot_be_written_leaves_the_one_before(launcher: Launcher) -> None:
+    full = """
+import torch
+save = torch.save
+def cut(obj, file, *args, **options):
+    if obj.get("step", 0) > 5:
+        (file if hasattr(file, "write") else open(file, "wb")).write(b"half of it")
+        raise OSError(28, os.strerror(28))
+    save(obj, file, *args, **options)
+torch.save = cut
+"""
+    run = launcher.run(first=full)
+    assert run.codes == [0], run.errors
+    assert any("best_model.pth not written, training goes on: " in line for line in run.log)
+    assert torch.load(run.dir / "best_model.pth", weights_only=True)["step"] == 5
+    assert not list(run.dir.glob("*.tmp"))
+
+
 def val_loss(saved: dict[str, Any], launcher: Launcher) -> float:
     gpt = GPT(ModelConfig(**saved["model_config"]), saved["context_length"]).eval()
     gpt.load_state_dict(saved["model"])
