@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import bench_loader, bench_prepare
+from scripts.bench_arguments import MAX_PROCESSES, InputError, file_to_write, require_memory, whole
 from scripts.bench_timing import Arms, Result, alternate, compare, peak_temporary_bytes, print_table, repeat
 
 if TYPE_CHECKING:
@@ -35,28 +36,34 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0; 1 when a measurement failed; 2 for a mistake in the input or a machine that cannot
+    do it, after one line."""
     args = parse_args(argv)
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)  # torch reads it when it is imported, workers too
-    results = args.command(args)
-    print_table(results)
-    if args.json:
-        answer = {"arguments": describe(args), "results": results}
-        args.json.write_text(json.dumps(answer, indent=2, default=str) + "\n")
+    try:
+        results = args.command(args)
+        print_table(results)
+        if args.json:
+            answer = {"arguments": describe(args), "results": results}
+            args.json.write_text(json.dumps(answer, indent=2, default=str) + "\n")
+    except (InputError, OSError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--rounds", type=int, default=20, help="how often each arm is measured")
-    common.add_argument("--threads", type=int, help="of each process; default: what torch takes")
-    common.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    common.add_argument("--rounds", type=whole(1), default=20, help="how often each arm is measured")
+    common.add_argument("--threads", type=whole(1, 1000), help="of each process; default: what torch takes")
+    common.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the results here")
     commands = parser.add_subparsers(required=True, metavar="optimizer|wrapper|checkpoint|exchange|loader|prepare")
 
     optimizer = commands.add_parser("optimizer", parents=[common], help="steps of a GPT's parameters, no gradients")
     _add_gpt(optimizer, n_layers=6, n_embd=512, vocab_size=20_000)
-    optimizer.add_argument("--accum-steps", type=int, default=8, help="a block is one window of so many steps")
+    optimizer.add_argument("--accum-steps", type=whole(1), default=8, help="a block is one window of so many steps")
     optimizer.add_argument(
         "--cpu-time", action="store_true", help="with --threads 1 on a shared machine: leave out what others run"
     )
@@ -64,8 +71,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     wrapper = commands.add_parser("wrapper", parents=[common], help="a world of one worker")
     _add_gpt(wrapper, n_layers=6, n_embd=320, vocab_size=8_000)
-    wrapper.add_argument("--small-tensors", type=int, default=600, help="of the second model")
-    wrapper.add_argument("--steps", type=int, default=1, help="in a block")
+    wrapper.add_argument("--small-tensors", type=whole(1), default=600, help="of the second model")
+    wrapper.add_argument("--steps", type=whole(1), default=1, help="in a block")
     wrapper.set_defaults(command=bench_wrapper, rounds=50)  # 3% are less than what single steps differ by
 
     checkpoint = commands.add_parser("checkpoint", parents=[common], help="a world of one worker")
@@ -73,8 +80,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     checkpoint.set_defaults(command=bench_checkpoint)
 
     exchange = commands.add_parser("exchange", parents=[common], help="gloo workers on this machine")
-    exchange.add_argument("--workers", type=int, default=2)
-    exchange.add_argument("--numel", type=int, default=10_000_000, help="parameters of the model")
+    exchange.add_argument("--workers", type=whole(1, MAX_PROCESSES), default=2)
+    exchange.add_argument("--numel", type=whole(1), default=10_000_000, help="parameters of the model")
     exchange.set_defaults(command=bench_exchange)
 
     bench_loader.add_parser(commands, common)
@@ -84,10 +91,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _add_gpt(parser: argparse.ArgumentParser, *, n_layers: int, n_embd: int, vocab_size: int) -> None:
-    parser.add_argument("--n-layers", type=int, default=n_layers)
-    parser.add_argument("--n-embd", type=int, default=n_embd, help="a multiple of 4")
-    parser.add_argument("--vocab-size", type=int, default=vocab_size)
-    parser.add_argument("--context-length", type=int, default=128)
+    parser.add_argument("--n-layers", type=whole(1), default=n_layers)
+    parser.add_argument("--n-embd", type=whole(4, step=4), default=n_embd, help="a multiple of 4")
+    parser.add_argument("--vocab-size", type=whole(1, 2**16), default=vocab_size)
+    parser.add_argument("--context-length", type=whole(16), default=128)  # the model of small tensors reads 16
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
@@ -145,6 +152,7 @@ def bench_wrapper(args: argparse.Namespace) -> list[Result]:
     """ms per training step (forward, backward, clipping, AdamW) of each model, bare and in DecentDP."""
     from decent import World
 
+    require_memory(f"--small-tensors {args.small_tensors}", 4 * 4 * 16 * 16 * args.small_tensors)  # as in build_gpt
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     world = World.from_env()
@@ -236,6 +244,9 @@ def build_gpt(args: argparse.Namespace) -> "nn.Module":
     from config import ModelConfig
     from model import GPT
 
+    n_params = 12 * args.n_layers * args.n_embd**2 + (args.vocab_size + args.context_length) * args.n_embd
+    options = f"--n-layers {args.n_layers} --n-embd {args.n_embd} --context-length {args.context_length}"
+    require_memory(options, 4 * 4 * n_params)  # float32, with gradients and two moments
     cfg = ModelConfig(n_layers=args.n_layers, n_heads=4, n_embd=args.n_embd, vocab_size=args.vocab_size)
     return GPT(cfg, args.context_length)
 
@@ -263,6 +274,8 @@ def bench_exchange(args: argparse.Namespace) -> list[Result]:
     """What rank 0 measures. An exchange is averaged over a period of the topology, whose rounds differ."""
     import torch.multiprocessing
 
+    n_copies = args.workers * (1 + len(topologies(args.workers)))
+    require_memory(f"--workers {args.workers} --numel {args.numel}", 4 * n_copies * args.numel)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "results.json"
         torch.multiprocessing.spawn(_exchange_worker, (args, folder, answer), nprocs=args.workers)

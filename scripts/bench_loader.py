@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scripts.bench_arguments import MAX_PROCESSES, InputError, require_memory, whole
 from scripts.bench_timing import Arms, Result, alternate, compare, pss_bytes, repeat
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "config/quickstart.toml"
 ROWS, GLOBAL_BATCH_SIZE, CONTEXT_LENGTH = 30, 480, 1024  # of a worker of config/gpt2-small.toml
 BATCHES = 100  # in a block
 VOCAB_SIZE = 50_304
@@ -35,13 +37,24 @@ def add_parser(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", common: argparse.ArgumentParser
 ) -> None:
     parser = commands.add_parser("loader", parents=[common], help="batches, the wait for them, memory of the corpus")
-    parser.add_argument("--tokens", type=int, default=120_000_000, help="in the file; 2 bytes each")
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=40, help="of training with config/quickstart.toml; 0: none")
+    parser.add_argument(
+        "--tokens", type=whole(CONTEXT_LENGTH + 1), default=120_000_000, help="in the file; 2 bytes each"
+    )
+    parser.add_argument("--workers", type=whole(1, MAX_PROCESSES), default=4)
+    parser.add_argument("--steps", type=whole(0), default=40, help="of training with config/quickstart.toml; 0: none")
     parser.set_defaults(command=bench_loader)
 
 
 def bench_loader(args: argparse.Namespace) -> list[Result]:
+    from config import load_config
+
+    require_memory(f"--tokens {args.tokens}", 2 * args.tokens)
+    batch_size = load_config(QUICKSTART).train.global_batch_size
+    if args.steps and batch_size % args.workers:
+        raise InputError(
+            f"--workers {args.workers}: does not divide the batch of config/quickstart.toml, {batch_size}: "
+            "take 1, 2, 4, ..., or --steps 0"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for split, n_tokens in (("train", args.tokens), ("val", max(args.tokens // 100, 2 * CONTEXT_LENGTH))):
@@ -143,7 +156,7 @@ def _hold_corpus(rank: int, folder: Path, barrier: "Barrier", answers: "SimpleQu
 def waiting(folder: Path, args: argparse.Namespace) -> Result:
     """How long rank 0 waits for batches in a run of the quickstart's configuration."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.workers}"]
-    command += [str(ROOT / "train.py"), str(ROOT / "config/quickstart.toml"), f"data_dir={folder}", f"log_dir={folder}"]
+    command += [str(ROOT / "train.py"), str(QUICKSTART), f"data_dir={folder}", f"log_dir={folder}"]
     command += ["log.run_name=run", "train.lr_schedule.warmup_steps=0", f"train.n_steps={args.steps}"]
     command += [f"log.eval_interval={args.steps}", "log.eval_steps=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

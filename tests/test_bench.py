@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
+from scripts import bench, bench_arguments, bench_prepare
+
+SCRIPT = Path(bench.__file__)
 TINY_GPT = ["--n-layers", "1", "--n-embd", "16", "--vocab-size", "400", "--context-length", "16"]
 
 
@@ -75,6 +78,81 @@ def test_loader_prints_the_ratio_and_the_memory(tmp_path: Path) -> None:
     assert all(f"{value}" in done.stdout for row in lines.values() for value in row.values())
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", ""])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *(("optimizer", f"--{name}") for name in ("rounds", "threads", "n-layers", "n-embd", "vocab-size")),
+        *(("optimizer", f"--{name}") for name in ("context-length", "accum-steps")),
+        *(("wrapper", f"--{name}") for name in ("small-tensors", "steps")),
+        *(("exchange", f"--{name}") for name in ("workers", "numel")),
+        *(("loader", f"--{name}") for name in ("workers", "tokens")),
+    ],
+)
+def test_what_is_no_count_is_exit_code_2(
+    capsys: pytest.CaptureFixture[str], command: str, option: str, value: str
+) -> None:
+    assert f"argument {option}: {value!r} is not a " in mistake_in([command, option, value], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["wrapper", "--n-embd", "17"], "'17' is not a multiple of 4 from 4 on"),
+        (["wrapper", "--context-length", "15"], "'15' is not a whole number from 16 on"),
+        (["checkpoint", "--vocab-size", "65537"], "'65537' is not a whole number from 1 to 65536"),
+        (["exchange", "--workers", "201"], "'201' is not a whole number from 1 to 200"),
+        (["loader", "--tokens", "1024"], "'1024' is not a whole number from 1025 on"),
+        (["loader", "--steps", "-1"], "'-1' is not a whole number from 0 on"),
+        (["prepare", "--json", "/nowhere/x.json"], "there is no directory /nowhere"),
+        (["prepare", "--json", "/"], "'/' is a directory"),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in mistake_in(arguments, capsys)
+
+
+def test_a_file_that_may_not_be_written_is_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # permissions do not stop root
+    assert "is not for this user to write" in mistake_in(["optimizer", "--json", f"{tmp_path}/x.json"], capsys)
+
+
+def mistake_in(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line that is said before exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        bench.parse_args(arguments)  # not main, which would start to measure
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "n_mb"),
+    [
+        (["optimizer", "--n-layers", "2", "--n-embd", "4000", "--context-length", "16"], "7,425"),
+        (["wrapper", "--small-tensors", "300000"], "1,228"),
+        (["exchange", "--workers", "2", "--numel", "30000000"], "1,200"),  # all_reduce's and 4 topologies'
+        (["loader", "--tokens", "600000000"], "1,200"),
+    ],
+)
+def test_more_than_the_memory_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], n_mb: str
+) -> None:
+    monkeypatch.setattr(bench_arguments, "available_bytes", lambda: 10**9)
+    assert bench.main(arguments) == 2
+    line = f"bench.py: {' '.join(arguments[1:])}: takes {n_mb} MB at least, but 1,000 are available: ask for less\n"
+    assert capsys.readouterr() == ("", line)
+
+
+def test_workers_that_cannot_share_the_batch_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["loader", "--workers", "3"]) == 2
+    found = "--workers 3: does not divide the batch of config/quickstart.toml, 32"
+    assert capsys.readouterr() == ("", f"bench.py: {found}: take 1, 2, 4, ..., or --steps 0\n")
+
+
 def test_help_does_not_wait_for_torch() -> None:
     program = (
         f"import runpy, sys; sys.argv = ['bench.py', '--help']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
@@ -109,8 +187,6 @@ def test_prepare_without_its_input_is_one_line_and_exit_code_2(tmp_path: Path) -
 
 
 def test_prepare_fails_where_the_bytes_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from scripts import bench_prepare
-
     text = tmp_path / "text.jsonl"
     text.touch()
     outputs = iter(["a b", "a b", "a b", "a b", "a b", "a c"])  # of the measurement of memory, then of time
