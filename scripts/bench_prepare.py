@@ -19,11 +19,13 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.documents import Source, UnitReader, plan_units
+from data.documents import Bad, Source, UnitReader, plan_units
 from data.encoders import EncoderName, build_encoder
 from data.meta import file_sha256
 from data.workers import run_in_processes
+from scripts.bench_arguments import MAX_PROCESSES, InputError, whole
 from scripts.bench_timing import Result, print_table, pss_bytes
+from scripts.netlab_compare import at_least
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT = "nanoGPT"
@@ -37,15 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a .jsonl or .parquet file with a column text; default: built from the addresses of data/sotu and the "
         "sources and documentation of Python's packages on this machine",
     )
-    parser.add_argument("--megabytes", type=float, default=250.0, help="of text, when it is built")
+    parser.add_argument("--megabytes", type=at_least(0.001), default=250.0, help="of text, when it is built")
     parser.add_argument(
         "--document-bytes",
-        type=int,
+        type=whole(1),
         default=1400,
         help="of text, about, when it is built: longer texts are cut between lines (default: %(default)s; nanoGPT's "
         "time goes by documents as well, ours by bytes; OpenWebText's have 5000)",
     )
-    parser.add_argument("--num-proc", type=int, default=2, help="of our arms; nanoGPT's has 2")
+    parser.add_argument("--num-proc", type=whole(1, MAX_PROCESSES), default=2, help="of our arms; nanoGPT's has 2")
     parser.set_defaults(command=bench_prepare, rounds=3)
 
 
@@ -53,11 +55,11 @@ def bench_prepare(args: argparse.Namespace) -> list[Result]:
     """Seconds, ratio to nanoGPT's, peak memory and hashes of the outputs.
 
     Raises:
-        SystemExit: 1, the outputs differ; 2, there is no such input.
+        InputError: require_documents rejects the text, or this machine has too little.
+        SystemExit: the outputs differ.
     """
-    if args.input and not args.input.is_file():
-        print(f"bench.py: --input {args.input}: no such file", file=sys.stderr)
-        raise SystemExit(2)
+    if args.input:
+        require_documents(args.input)
     with tempfile.TemporaryDirectory() as folder:
         text = args.input or build_corpus(
             Path(folder) / "text.jsonl", n_bytes=round(args.megabytes * 1e6), document_bytes=args.document_bytes
@@ -96,6 +98,30 @@ def bench_prepare(args: argparse.Namespace) -> list[Result]:
     return rows
 
 
+def require_documents(text: Path) -> None:
+    """
+    Raises:
+        InputError: not all of the file can be read by all arms, or it holds less than two documents.
+    """
+    if not text.is_file():
+        raise InputError(f"--input {text}: no such file")
+    if not text.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise InputError(f"--input {text}: does not end in .jsonl or .parquet")
+    n_documents = 0
+    for document in _documents(text):
+        if isinstance(document, Bad):
+            reason = document.reason.removesuffix(": choose one with --text-key")  # there is none here
+            raise InputError(f"--input {document.where}: {reason}")
+        n_documents += 1
+    if n_documents < 2:
+        raise InputError(f"--input {text}: train.bin and val.bin need a document each, but it holds {n_documents}")
+
+
+def _documents(text: Path) -> Iterator[str | Bad]:
+    for unit in plan_units(Source("", (str(text),))):
+        yield from UnitReader(unit, "text")
+
+
 def run(command: list[str], *, measure_memory: bool = False) -> tuple[float, int, str]:
     """Seconds, peak bytes (0: not measured) and the hashes of what `command` writes to the folder that is added."""
     with tempfile.TemporaryDirectory() as folder:
@@ -118,8 +144,7 @@ def run(command: list[str], *, measure_memory: bool = False) -> tuple[float, int
 
 def calls_of(tokenizer: EncoderName, text: Path, num_proc: int) -> float:
     """Seconds in which so many processes encode all documents of a file."""
-    units = plan_units(Source("", (str(text),)))
-    documents = [document for unit in units for document in UnitReader(unit, "text") if isinstance(document, str)]
+    documents = [document for document in _documents(text) if isinstance(document, str)]
     encode = build_encoder(tokenizer)
 
     def encode_share(first: int) -> Iterator[int]:
@@ -150,10 +175,10 @@ def pids_of_session(session: int) -> Iterator[int]:
 
 
 def build_corpus(path: Path, *, n_bytes: int, document_bytes: int) -> Path:
-    """A .jsonl file of n_bytes of text, no document of it twice.
+    """A .jsonl file of n_bytes of text, but two documents at least, and none of them twice.
 
     Raises:
-        SystemExit: this machine has less.
+        InputError: this machine has less.
     """
     seen: set[bytes] = set()
     left = n_bytes
@@ -164,9 +189,11 @@ def build_corpus(path: Path, *, n_bytes: int, document_bytes: int) -> Path:
                 seen.add(digest)
                 file.write(json.dumps({"text": text}) + "\n")
                 left -= len(text.encode("utf-8"))
-            if left <= 0:
+            if left <= 0 and len(seen) > 1:  # one for each split
                 return path
-    raise SystemExit(f"error: found only {(n_bytes - left) / 1e6:.0f} MB of text: give some with --input")
+    raise InputError(
+        f"--megabytes {n_bytes / 1e6:g}: this machine has {(n_bytes - left) / 1e6:.0f}: ask for less, or give --input"
+    )
 
 
 def _texts() -> Iterator[str]:

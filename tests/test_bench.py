@@ -87,6 +87,7 @@ def test_loader_prints_the_ratio_and_the_memory(tmp_path: Path) -> None:
         *(("wrapper", f"--{name}") for name in ("small-tensors", "steps")),
         *(("exchange", f"--{name}") for name in ("workers", "numel")),
         *(("loader", f"--{name}") for name in ("workers", "tokens")),
+        *(("prepare", f"--{name}") for name in ("num-proc", "document-bytes")),
     ],
 )
 def test_what_is_no_count_is_exit_code_2(
@@ -104,6 +105,8 @@ def test_what_is_no_count_is_exit_code_2(
         (["exchange", "--workers", "201"], "'201' is not a whole number from 1 to 200"),
         (["loader", "--tokens", "1024"], "'1024' is not a whole number from 1025 on"),
         (["loader", "--steps", "-1"], "'-1' is not a whole number from 0 on"),
+        (["prepare", "--megabytes", "0"], "0 is not a number from 0.001 on"),
+        (["prepare", "--megabytes", "inf"], "inf is not a number from 0.001 on"),
         (["prepare", "--json", "/nowhere/x.json"], "there is no directory /nowhere"),
         (["prepare", "--json", "/"], "'/' is a directory"),
     ],
@@ -186,9 +189,47 @@ def test_prepare_without_its_input_is_one_line_and_exit_code_2(tmp_path: Path) -
     assert done.stderr == f"bench.py: --input {tmp_path}/none.jsonl: no such file\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("text.jsonl", "", "train.bin and val.bin need a document each, but it holds 0"),
+        ("text.jsonl", '{"text": "one"}\n', "train.bin and val.bin need a document each, but it holds 1"),
+        ("text.jsonl", '{"text": "one"}\n{"text"\n', ", line 2: is no JSON"),
+        ("text.jsonl", '{"body": "one"}\n', ', line 1: has no key "text"; it has "body"'),
+        ("text.parquet", "text", "is a broken parquet file"),
+        ("text.txt", "text", "does not end in .jsonl or .parquet"),
+    ],
+)
+def test_a_text_that_cannot_be_prepared_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert bench.main(["prepare", "--input", str(path)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"bench.py: --input {path}")
+    assert message in said.err
+    assert "--text-key" not in said.err
+    assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+def test_more_text_than_this_machine_has_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_prepare, "_texts", lambda: iter(["a" * 2_000_000]))
+    assert bench.main(["prepare", "--megabytes", "250"]) == 2
+    line = "bench.py: --megabytes 250: this machine has 2: ask for less, or give --input\n"
+    assert capsys.readouterr() == ("", line)
+
+
+def test_the_text_that_is_built_has_a_document_for_each_split(tmp_path: Path) -> None:
+    path = bench_prepare.build_corpus(tmp_path / "text.jsonl", n_bytes=1, document_bytes=1400)
+    assert len(path.read_text().splitlines()) == 2
+
+
 def test_prepare_fails_where_the_bytes_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
-    text.touch()
+    text.write_text('{"text": "a"}\n' * 2)
     outputs = iter(["a b", "a b", "a b", "a b", "a b", "a c"])  # of the measurement of memory, then of time
     monkeypatch.setattr(bench_prepare, "run", lambda *args, **options: (1.0, 1, next(outputs)))
     with pytest.raises(SystemExit, match="the outputs differ"):
