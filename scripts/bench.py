@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import bench_loader, bench_prepare
-from scripts.bench_arguments import MAX_PROCESSES, InputError, file_to_write, require_memory, whole
+from scripts.arguments import MAX_PROCESSES, InputError, file_to_write, whole
 from scripts.bench_timing import Arms, Result, alternate, compare, peak_temporary_bytes, print_table, repeat
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0; 1 when a measurement failed; 2 for a mistake in the input or a machine that cannot
-    do it, after one line."""
+    """Exit code: 0; 1 when a measurement failed; 2 for a mistake in the input, after one line."""
     args = parse_args(argv)
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)  # torch reads it when it is imported, workers too
@@ -152,7 +151,6 @@ def bench_wrapper(args: argparse.Namespace) -> list[Result]:
     """ms per training step (forward, backward, clipping, AdamW) of each model, bare and in DecentDP."""
     from decent import World
 
-    require_memory(f"--small-tensors {args.small_tensors}", 4 * 4 * 16 * 16 * args.small_tensors)  # as in build_gpt
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     world = World.from_env()
@@ -244,9 +242,6 @@ def build_gpt(args: argparse.Namespace) -> "nn.Module":
     from config import ModelConfig
     from model import GPT
 
-    n_params = 12 * args.n_layers * args.n_embd**2 + (args.vocab_size + args.context_length) * args.n_embd
-    options = f"--n-layers {args.n_layers} --n-embd {args.n_embd} --context-length {args.context_length}"
-    require_memory(options, 4 * 4 * n_params)  # float32, with gradients and two moments
     cfg = ModelConfig(n_layers=args.n_layers, n_heads=4, n_embd=args.n_embd, vocab_size=args.vocab_size)
     return GPT(cfg, args.context_length)
 
@@ -274,8 +269,6 @@ def bench_exchange(args: argparse.Namespace) -> list[Result]:
     """What rank 0 measures. An exchange is averaged over a period of the topology, whose rounds differ."""
     import torch.multiprocessing
 
-    n_copies = args.workers * (1 + len(topologies(args.workers)))
-    require_memory(f"--workers {args.workers} --numel {args.numel}", 4 * n_copies * args.numel)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "results.json"
         torch.multiprocessing.spawn(_exchange_worker, (args, folder, answer), nprocs=args.workers)

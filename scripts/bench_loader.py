@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scripts.bench_arguments import MAX_PROCESSES, InputError, require_memory, whole
+from scripts.arguments import MAX_PROCESSES, InputError, whole
 from scripts.bench_timing import Arms, Result, alternate, compare, pss_bytes, repeat
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def add_parser(
 def bench_loader(args: argparse.Namespace) -> list[Result]:
     from config import load_config
 
-    require_memory(f"--tokens {args.tokens}", 2 * args.tokens)
     batch_size = load_config(QUICKSTART).train.global_batch_size
     if args.steps and batch_size % args.workers:
         raise InputError(
@@ -143,6 +142,7 @@ def _hold_corpus(rank: int, folder: Path, barrier: "Barrier", answers: "SimpleQu
         return MemoryFile(*json.loads(place.read_text()))
 
     np.arange(2**20).max()  # what numpy and Python keep after first use is not the corpus
+    barrier.wait()  # what another one loads in the meantime is shared, and takes from ours
     before_bytes = pss_bytes("self")
     barrier.wait()
     dataset = TokenDataset(folder, CONTEXT_LENGTH, 42, True, vocab_size=VOCAB_SIZE, local_rank=rank, share=share)

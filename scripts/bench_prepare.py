@@ -23,9 +23,8 @@ from data.documents import Bad, Source, UnitReader, plan_units
 from data.encoders import EncoderName, build_encoder
 from data.meta import file_sha256
 from data.workers import run_in_processes
-from scripts.bench_arguments import MAX_PROCESSES, InputError, whole
+from scripts.arguments import MAX_PROCESSES, InputError, at_least, whole
 from scripts.bench_timing import Result, print_table, pss_bytes
-from scripts.netlab_compare import at_least
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT = "nanoGPT"

@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import netlab_compare
+from scripts.arguments import MAX_PROCESSES, at_least, whole
 from scripts.netlab_cluster import Lab, LabError, Launch, Rate, labs_of_dead_owners, require_root_and_iproute2
 
 WORKER = Path(__file__).with_name("netlab_worker.py")
@@ -84,17 +85,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _add_cluster(parser: argparse.ArgumentParser, bandwidths: str) -> None:
-    parser.add_argument("--nodes", type=_count, default=2, help="network namespaces (%(default)s)")
-    parser.add_argument("--procs", type=_count, default=1, help="workers on each node (%(default)s)")
+    parser.add_argument("--nodes", type=whole(1, MAX_PROCESSES), default=2, help="network namespaces (%(default)s)")
+    parser.add_argument("--procs", type=whole(1, MAX_PROCESSES), default=1, help="workers on each node (%(default)s)")
     parser.add_argument("--bandwidth", type=parse_rates, default="unlimited", metavar="RATE[,RATE...]", help=bandwidths)
     timeout = "seconds, after which the workers are ended (exit code 124)"
-    parser.add_argument("--timeout", type=netlab_compare.at_least(1), help=timeout)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 200:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 200")
-    return int(text)
+    parser.add_argument("--timeout", type=at_least(1), help=timeout)
 
 
 def _assignment(text: str) -> tuple[str, str]:

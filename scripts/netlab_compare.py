@@ -13,15 +13,15 @@ An arm is one way to train with several workers. Its name is read like this:
 
 import argparse
 import importlib.metadata
-import math
 import os
 import platform
 import re
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from scripts.arguments import at_least, file_to_write, whole
 
 TOPOLOGIES = ("complete", "ring", "exp", "alternating-exp-ring")
 REFERENCES = ("pytorchddp", "pytorchddp_4mb")  # the faster one counts
@@ -80,49 +80,25 @@ def parse_arms(text: str) -> list[Arm]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", type=parse_arms, default="default", help='names with commas, or "all" (%(default)s)')
-    parser.add_argument("--steps", type=_int_from_1, help="of a block, rounded up to whole periods (4; stragglers: 96)")
-    parser.add_argument("--rounds", type=_int_from_1, help="blocks of each arm, by turns (3; stragglers: 4)")
+    parser.add_argument("--steps", type=whole(1), help="of a block, rounded up to whole periods (4; stragglers: 96)")
+    parser.add_argument("--rounds", type=whole(1), help="blocks of each arm, by turns (3; stragglers: 4)")
     parser.add_argument("--compute-ms", type=at_least(0), default=345, help="forward and backward (%(default)s)")
     parser.add_argument("--straggler", type=at_least(1), default=1, help="one random worker's slowness in each step")
-    parser.add_argument("--n-layers", type=_int_from_1, default=8, help="of the GPT that is emulated (%(default)s)")
-    parser.add_argument("--n-embd", type=_int_from_1, default=320, help="its width (%(default)s)")
+    parser.add_argument("--n-layers", type=whole(1), default=8, help="of the GPT that is emulated (%(default)s)")
+    parser.add_argument("--n-embd", type=whole(1), default=320, help="its width (%(default)s)")
     here = "(%(default)s in the current directory, replaced)"
     parser.add_argument(
-        "--json", type=_file_to_write, default="netlab.json", metavar="FILE", help=f"all that was measured {here}"
+        "--json", type=file_to_write, default="netlab.json", metavar="FILE", help=f"all that was measured {here}"
     )
     parser.add_argument(
         "--png", type=_png_to_write, default="netlab.png", metavar="FILE", help=f"image of the step times {here}"
     )
 
 
-def _file_to_write(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():  # known now, not after half an hour of measuring
-        raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a directory")
-    return path
-
-
 def _png_to_write(text: str) -> Path:
     if Path(text).suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"{text} does not end in .png")
-    return _file_to_write(text)
-
-
-def _int_from_1(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return int(text)
-
-
-def at_least(low: float) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        if not low <= float(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} on")
-        return float(text)
-
-    return number
+    return file_to_write(text)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts import bench, bench_arguments, bench_prepare
+from scripts import bench, bench_prepare
 
 SCRIPT = Path(bench.__file__)
 TINY_GPT = ["--n-layers", "1", "--n-embd", "16", "--vocab-size", "400", "--context-length", "16"]
@@ -108,7 +108,7 @@ def test_what_is_no_count_is_exit_code_2(
         (["prepare", "--megabytes", "0"], "0 is not a number from 0.001 on"),
         (["prepare", "--megabytes", "inf"], "inf is not a number from 0.001 on"),
         (["prepare", "--json", "/nowhere/x.json"], "there is no directory /nowhere"),
-        (["prepare", "--json", "/"], "'/' is a directory"),
+        (["prepare", "--json", "/"], "/ is a directory"),
     ],
 )
 def test_a_mistake_in_the_arguments_is_exit_code_2(
@@ -121,7 +121,7 @@ def test_a_file_that_may_not_be_written_is_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # permissions do not stop root
-    assert "is not for this user to write" in mistake_in(["optimizer", "--json", f"{tmp_path}/x.json"], capsys)
+    assert f"{tmp_path}/x.json cannot be written" in mistake_in(["optimizer", "--json", f"{tmp_path}/x.json"], capsys)
 
 
 def mistake_in(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -130,24 +130,6 @@ def mistake_in(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         bench.parse_args(arguments)  # not main, which would start to measure
     assert stopped.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "n_mb"),
-    [
-        (["optimizer", "--n-layers", "2", "--n-embd", "4000", "--context-length", "16"], "7,425"),
-        (["wrapper", "--small-tensors", "300000"], "1,228"),
-        (["exchange", "--workers", "2", "--numel", "30000000"], "1,200"),  # all_reduce's and 4 topologies'
-        (["loader", "--tokens", "600000000"], "1,200"),
-    ],
-)
-def test_more_than_the_memory_is_one_line_and_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], n_mb: str
-) -> None:
-    monkeypatch.setattr(bench_arguments, "available_bytes", lambda: 10**9)
-    assert bench.main(arguments) == 2
-    line = f"bench.py: {' '.join(arguments[1:])}: takes {n_mb} MB at least, but 1,000 are available: ask for less\n"
-    assert capsys.readouterr() == ("", line)
 
 
 def test_workers_that_cannot_share_the_batch_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
