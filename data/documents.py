@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -41,10 +42,11 @@ class Unit(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """Stands for a document that cannot be read."""
+    """Stands for a document that cannot be read; rest: for all that follow in its file, whose number is unknown."""
 
     where: str  # file and line
     reason: str
+    rest: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -116,7 +118,7 @@ def plan_units(source: Source) -> list[Unit]:
 
 
 class UnitReader:
-    """The texts of a unit, in order; Bad in the place of what is broken, and no more of a file that breaks off.
+    """The texts of a unit, in order; Bad in the place of each that is broken, or one in that of the rest of its file.
 
     Iterating raises:
         OSError: a file cannot be read.
@@ -135,7 +137,10 @@ class UnitReader:
         elif first.endswith(".parquet"):
             for n, text in enumerate(_read_parquet(first, unit, text_key), 1):
                 self.done_bytes = unit.n_bytes * n // max(n, unit.n_rows or n)
-                yield text
+                if isinstance(text, Bad) and text.rest and unit.n_rows is not None:
+                    yield from repeat(text._replace(rest=False), unit.n_rows - n + 1)
+                else:
+                    yield text
         elif first.endswith(".gz"):
             with open(first, "rb") as compressed, gzip.open(compressed, "rb") as file:
                 for text in _read_lines(file, first, 1, None, text_key):
@@ -173,7 +178,7 @@ def _read_lines(
         try:
             line = next(lines, None)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            yield Bad(f"{name}, near line {n_lines + 1}", f"the compressed file is broken ({error})")
+            yield Bad(f"{name}, near line {n_lines + 1}", f"the compressed file is broken ({error})", rest=True)
             return
         if line is None:
             return
@@ -253,7 +258,7 @@ def _read_parquet(path: str, unit: Unit, text_key: str) -> Iterator[str | Bad]:
             names = file.schema_arrow.names
             if text_key not in names or not _holds_text(file.schema_arrow.field(text_key).type):
                 wrong = "has no column" if text_key not in names else "holds no text in its column"
-                yield Bad(path, f'{wrong} "{text_key}"; it has {_listed(names)}: choose one with --text-key')
+                yield Bad(path, f'{wrong} "{text_key}"; it has {_listed(names)}: choose one with --text-key', rest=True)
                 return
             groups = list(range(unit.start or 0, file.metadata.num_row_groups if unit.stop is None else unit.stop))
             row = sum(file.metadata.row_group(i).num_rows for i in range(unit.start or 0))
@@ -265,7 +270,7 @@ def _read_parquet(path: str, unit: Unit, text_key: str) -> Iterator[str | Bad]:
                     yield text if text is not None else Bad(f"{path}, row {row}", f'"{text_key}" is null')
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         _raise_if_of_the_moment(error, path)
-        yield Bad(f"{path}, after row {row}" if row else path, f"is a broken parquet file ({_line(error)})")
+        yield Bad(f"{path}, after row {row}" if row else path, f"is a broken parquet file ({_line(error)})", rest=True)
 
 
 def _texts_or_bytes(column: "pa.Array[Any]") -> "list[str | bytes | None]":

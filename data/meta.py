@@ -23,7 +23,10 @@ class SplitMeta:
 
 @dataclass(frozen=True)
 class Meta:
-    """One corpus. source: where the documents are from, for people; source_fingerprint: changes when they do."""
+    """One corpus. source: where the documents are from, for people; source_fingerprint: changes when they do.
+
+    documents_left_out: those that are known to be; left_out says in words which, and names files that break off.
+    """
 
     tokenizer: str
     vocab_size: int
@@ -33,6 +36,11 @@ class Meta:
     documents_left_out: int
     train: SplitMeta
     val: SplitMeta
+    left_out: str = ""  # also in files from before there was such a line
+
+    @property
+    def lacks_documents(self) -> bool:
+        return bool(self.documents_left_out or self.left_out)
 
     def describe(self) -> str:
         """E.g. "corpus: texts/*.txt, 9,035,582,489 tokens (gpt2) in 8,009,762 documents to train on, ..."."""

@@ -14,12 +14,13 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from data import placement
-from data.documents import Source
+from data.documents import Source, Unit, plan_units
 from data.meta import NAME as META
 from data.meta import Meta, SplitMeta, file_sha256, read_meta, settle, write_meta
 from data.spool import Part, read_lengths
@@ -27,7 +28,7 @@ from data.token_file import is_complete
 from data.tokenise import Job, tokenise
 
 SPOOL = ".prepare"
-_FORMAT = 2  # of the spool; one of another format is thrown away
+_FORMAT = 3  # of the spool; one of another format is thrown away
 
 
 def is_prepared(out: Path, source: Source, limit: int | None, *, skip_bad: bool) -> bool:
@@ -38,7 +39,7 @@ def is_prepared(out: Path, source: Source, limit: int | None, *, skip_bad: bool)
         return False
     return (
         meta is not None
-        and (skip_bad or not meta.documents_left_out)
+        and (skip_bad or not meta.lacks_documents)
         and meta.source_fingerprint == _fingerprint(source, limit)
         and holds_tokens(out, {"train": meta.train.tokens, "val": meta.val.tokens})
     )
@@ -121,7 +122,7 @@ def _discard_(path: Path) -> None:
 def _is_filled(folder: Path, out: Path, job: Job) -> bool:
     """Whether the files of the corpus are whole: in the folder of the job, or in `out`, by a run that was stopped."""
     meta = read_meta(folder)
-    if meta is None or (meta.documents_left_out and not job.skip_bad):
+    if meta is None or (meta.lacks_documents and not job.skip_bad):
         return False
     return all(
         is_complete(folder / name, split.tokens)
@@ -133,43 +134,64 @@ def _is_filled(folder: Path, out: Path, job: Job) -> bool:
 def _fill(folder: Path, job: Job, fingerprint: str, num_proc: int) -> placement.Plan:
     """Both passes: after them train.bin and val.bin in the folder hold everything."""
     plan = placement.load(folder)
-    useless = plan is not None and ((plan.n_bad and not job.skip_bad) or not placement.is_whole(folder, plan))
+    useless = plan is not None and ((plan.left_out and not job.skip_bad) or not placement.is_whole(folder, plan))
     if (folder / META).exists() or useless:
         for name in (placement.NAME, META):  # the plan first: by it, parts that are missing are placed
             (folder / name).unlink(missing_ok=True)
         plan = None
     if plan is None:
-        plan = _plan(tokenise(folder, job, num_proc), job.limit)
+        units = plan_units(job.source)
+        plan = _plan(tokenise(folder, job, units, num_proc), units, job.limit)
         if _fingerprint(job.source, job.limit) != fingerprint:
             _discard_(folder)
             raise ValueError(f"{job.source.name}: changed while it was read; the same command prepares it as it is now")
         if len(plan.lengths) < 2:
             _discard_(folder)
-            raise ValueError(_too_few(len(plan.lengths), plan.n_bad, job.source.name))
+            raise ValueError(_too_few(len(plan.lengths), plan.left_out, job))
         placement.save(folder, plan)
     placement.place(folder, plan, num_proc)
     return plan
 
 
-def _plan(parts: list[Part], limit: int | None) -> placement.Plan:
+def _plan(parts: list[Part], units: list[Unit], limit: int | None) -> placement.Plan:
     lengths = np.concatenate([np.empty(0, np.uint32), *(read_lengths(part) for part in parts)])
     if limit is not None:
         kept = lengths > 0
         lengths = lengths[np.cumsum(kept) - kept < limit]  # before them are fewer: neither is a left out one behind
-    n_read = len(lengths)
+    n_bad = int(np.count_nonzero(lengths == 0))
     lengths = lengths[lengths > 0]
-    return placement.Plan(
-        lengths, [part.path.name for part in parts], [part.n_documents for part in parts], n_read - len(lengths)
-    )
+    part_documents = [part.n_documents for part in parts]
+    cut_files = [
+        units[part.unit].paths[0]
+        for part, n in zip(parts, accumulate(part_documents), strict=True)
+        if part.breaks_off and (limit is None or n < limit)
+    ]
+    first = next((part.first_bad for part in parts if part.first_bad), "")
+    left_out = _left_out(n_bad, cut_files, first) if n_bad or cut_files else ""
+    return placement.Plan(lengths, [part.path.name for part in parts], part_documents, n_bad, left_out)
 
 
-def _too_few(n_documents: int, n_bad: int, name: str) -> str:
-    number = "1 document" if n_documents else "no document"
-    left_out = f" ({n_bad} cannot be read)" if n_bad else ""
-    return (
-        f"{name}: holds {number}{left_out}, but train and val need one each; "
-        "cut the text into several .txt files, or into the lines of a .jsonl file"
-    )
+def _left_out(n_bad: int, cut_files: list[str], first: str) -> str:
+    what = [_number(n_bad, "document")] if n_bad else []
+    if cut_files:
+        names = ", ".join(cut_files[:3]) + ", ..." * (len(cut_files) > 3)
+        what.append(f"an unknown rest of {_number(len(cut_files), 'file')} ({names})")
+    text = f"{' and '.join(what)} could not be read and had to be left out; the first: {first}"
+    return text.encode(errors="backslashreplace").decode()  # a terminal takes no name that is not UTF-8
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n:,} {what}" + "s" * (n != 1)
+
+
+def _too_few(n_documents: int, left_out: str, job: Job) -> str:
+    message = f"{job.source.name}: holds {n_documents or 'no'} document, but train and val need one each"
+    if left_out:
+        return f"{message}; {left_out}"
+    if job.limit == n_documents:
+        return f"{message}; give --limit 2 or more"
+    cut = "; cut the text into several .txt files, or into the lines of a .jsonl file"
+    return message + cut * n_documents
 
 
 def _describe_(folder: Path, job: Job, fingerprint: str, plan: placement.Plan) -> None:
@@ -188,6 +210,7 @@ def _describe_(folder: Path, job: Job, fingerprint: str, plan: placement.Plan) -
         documents_left_out=plan.n_bad,
         train=train,
         val=val,
+        left_out=plan.left_out,
     )
     write_meta(folder / META, meta)
 

@@ -42,6 +42,7 @@ class Plan:
     parts: list[str]  # names, in source order
     part_documents: list[int]
     n_bad: int
+    left_out: str  # what is, and why, in words; empty: nothing
 
 
 class Layout(NamedTuple):
@@ -67,8 +68,8 @@ def save(folder: Path, plan: Plan) -> None:
     """From now on pass 1 is over, and parts may be deleted."""
     temporary = folder / f"{NAME}.tmp"
     with open(temporary, "wb") as file:
-        for array in (plan.lengths, np.array(plan.parts), np.array(plan.part_documents), np.array(plan.n_bad)):
-            np.save(file, array)
+        for field in (plan.lengths, plan.parts, plan.part_documents, plan.n_bad, plan.left_out):
+            np.save(file, np.asarray(field))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / NAME)
@@ -78,10 +79,10 @@ def load(folder: Path) -> Plan | None:
     """None: pass 1 is not over."""
     try:
         with open(folder / NAME, "rb") as file:
-            lengths, parts, part_documents, n_bad = (np.load(file) for _ in range(4))
+            lengths, parts, part_documents, n_bad, left_out = (np.load(file) for _ in range(5))
     except FileNotFoundError:
         return None
-    return Plan(lengths, parts.tolist(), part_documents.tolist(), int(n_bad))
+    return Plan(lengths, parts.tolist(), part_documents.tolist(), int(n_bad), str(left_out))
 
 
 def is_whole(folder: Path, plan: Plan) -> bool:

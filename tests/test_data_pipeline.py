@@ -750,6 +750,93 @@ def test_skip_bad_counts_and_leaves_out(tmp_path: Path) -> None:
     assert meta.documents_left_out == 4
 
 
+def _column_missing(folder: Path) -> Path:
+    pq.write_table(pa.table({"text": texts(3)}), folder / "1.parquet")
+    pq.write_table(pa.table({"body": texts(1000)}), folder / "2.parquet", row_group_size=300)
+    return folder / "*.parquet"
+
+
+def _row_group_damaged(folder: Path) -> Path:
+    path = folder / "1.parquet"
+    pq.write_table(pa.table({"text": texts(1000)}), path, row_group_size=400, compression="none", use_dictionary=False)
+    with open(path, "rb+") as file:
+        file.seek(pq.read_metadata(path).row_group(1).column(0).data_page_offset)
+        file.write(bytes(100))
+    return path
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize(
+    ("make", "n_lost", "n_left", "reason"),
+    [
+        (_column_missing, 1000, 3, '2.parquet: has no column "text"'),
+        (_row_group_damaged, 400, 600, "1.parquet, after row 400: is a broken parquet file"),
+    ],
+)
+@pytest.mark.usefixtures("small_units")
+def test_the_rows_of_a_parquet_file_that_are_lost_are_counted(
+    tmp_path: Path, num_proc: int, make: Callable[[Path], Path], n_lost: int, n_left: int, reason: str
+) -> None:
+    prepare(make(tmp_path), tmp_path / "out", num_proc=num_proc, skip_bad=True)
+    meta = read_meta(tmp_path / "out")
+    assert meta is not None
+    assert (meta.documents_left_out, meta.train.documents + meta.val.documents) == (n_lost, n_left)
+    assert meta.left_out.startswith(
+        f"{n_lost:,} documents could not be read and had to be left out; the first: {tmp_path}/{reason}"
+    )
+
+
+def _cut_after(rows: list[str], path: Path) -> None:
+    """A .jsonl.gz that breaks off behind these rows."""
+    lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(lines.encode()) + gzip.compress(b"lost")[:15])
+
+
+@pytest.mark.parametrize("num_proc", [1, 3])
+@pytest.mark.parametrize("limit", [None, 299, 240])
+@pytest.mark.usefixtures("small_units")
+def test_files_that_break_off_are_named_and_not_counted_as_a_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_proc: int, limit: int | None
+) -> None:
+    rows, out = texts(300), tmp_path / "out"
+    for i in range(5):
+        _cut_after(rows[60 * i : 60 * i + 60], tmp_path / f"{i}.jsonl.gz")
+    (tmp_path / "5.parquet").write_bytes(b"no parquet")
+    for killed_in in ("save", "place"):  # the next run reads the parts, then the plan
+        with monkeypatch.context() as patch:
+            patch.setattr(placement, killed_in, killed_after(0, getattr(placement, killed_in)))
+            with pytest.raises(Killed):
+                prepare(tmp_path / "*.*", out, num_proc=num_proc, limit=limit, skip_bad=True)
+    prepare(tmp_path / "*.*", out, num_proc=num_proc, limit=limit, skip_bad=True)
+    meta = read_meta(out)
+    assert meta is not None
+    assert prepared(out) == nanogpt(rows[:limit])
+    assert meta.documents_left_out == 0
+    names = ", ".join(f"{tmp_path}/{i}.jsonl.gz" for i in range(3))
+    lost = {None: f"6 files ({names}, ...)", 299: f"4 files ({names}, ...)", 240: f"3 files ({names})"}[limit]
+    assert meta.left_out.startswith(
+        f"an unknown rest of {lost} could not be read and had to be left out; the first: {tmp_path}/0.jsonl.gz, "
+        "near line 61: the compressed file is broken"
+    )
+    source = Source("test", find_files([str(tmp_path / "*.*")]))
+    assert [pipeline.is_prepared(out, source, limit, skip_bad=skip_bad) for skip_bad in (True, False)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "expected"),
+    [
+        (_no_text, ["--skip-bad"], "2 documents could not be read and had to be left out; the first: b.parquet: has"),
+        (_bad_jsonl, ["--limit", "1"], "holds 1 document, but train and val need one each; give --limit 2 or more"),
+    ],
+)
+def test_too_few_documents_are_said_with_what_would_help(
+    tmp_path: Path, make: Callable[[Path], Path], options: list[str], expected: str
+) -> None:
+    done = run("--input", make(tmp_path).name, "--out", "out", *options, returncode=2, cwd=tmp_path)
+    assert expected in done.stderr
+    assert ".txt" not in done.stderr
+
+
 def test_ids_that_are_not_the_references_stop_the_run_before_there_are_files(tmp_path: Path) -> None:
     source = Source("test", (str(jsonl(tmp_path / "a.jsonl", texts(50))),))
     job = Job(source, cast(Encoder, Wrapped(errs_at=30)))

@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"tokenising with tiktoken; gigatoken is many times faster: pip install {needed}")
     job = Job(source, encoder, limit=args.limit, skip_bad=args.skip_bad)
     meta = prepare(job, args.out, num_proc=args.num_proc)
-    if meta.documents_left_out:
-        print(f"{meta.documents_left_out:,} documents could not be read and are left out")
+    if meta.left_out:
+        print(meta.left_out)
     for name, split in (("val", meta.val), ("train", meta.train)):
         print(f"{args.out / name}.bin: {split.documents:,} documents, {split.tokens:,} tokens, SHA-256 {split.sha256}")
     return 0
