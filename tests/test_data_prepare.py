@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -131,13 +132,18 @@ def test_an_endpoint_that_is_no_hub_is_one_line_with_alternatives() -> None:
         greeter.join()
 
 
-def test_openwebtext_comes_from_the_cache_of_the_hub_in_the_order_of_its_files(tmp_path: Path) -> None:
+def _fill_cache(home: Path) -> tuple[Path, dict[str, str]]:
+    """The folder of 80 parquet files, of one document each, and the environment in which they are found."""
     repository = "datasets--" + openwebtext.DATASET.replace("/", "--")
-    folder = tmp_path / "hub" / repository / "snapshots" / openwebtext.REVISION / openwebtext.CONFIG
+    folder = home / "hub" / repository / "snapshots" / openwebtext.REVISION / openwebtext.CONFIG
     folder.mkdir(parents=True)
     for i in range(80):
         pq.write_table(pa.table({"text": [f"file {i}"]}), folder / f"train-{i:05}-of-00080.parquet")
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    return folder, os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+
+
+def test_openwebtext_comes_from_the_cache_of_the_hub_in_the_order_of_its_files(tmp_path: Path) -> None:
+    folder, environment = _fill_cache(tmp_path)
     out = tmp_path / "out"
     _script("openwebtext", "--out", str(out), "--num-proc", "2", env=environment)
     parts = [gpt2_encoding().decode(open_tokens(out / f"{split}.bin", 1).tolist()) for split in ("val", "train")]
@@ -150,10 +156,47 @@ def test_openwebtext_comes_from_the_cache_of_the_hub_in_the_order_of_its_files(t
     assert "--input" in run.stderr
 
 
+def test_of_openwebtext_a_limit_needs_the_first_files_only(tmp_path: Path) -> None:
+    folder, environment = _fill_cache(tmp_path)
+    for path in sorted(folder.iterdir())[3:]:
+        path.unlink()
+
+    def prepare(limit: int, returncode: int = 0) -> str:
+        options = ("--out", str(tmp_path / "out"), "--limit", str(limit))
+        run = _script("openwebtext", *options, env=environment, returncode=returncode)
+        return run.stdout + run.stderr
+
+    assert "val.bin: 1 documents" in prepare(3)
+    assert "there already" in prepare(3)
+    assert "train.bin: 1 documents" in prepare(2)
+    assert "has 3 of 4 parquet files" in prepare(4, returncode=2)
+
+
+def test_a_limit_downloads_no_file_that_it_does_not_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def download(*_: object, allow_patterns: list[str], **options: object) -> str:
+        asked.append(allow_patterns)
+        for pattern in allow_patterns:
+            path = tmp_path / pattern
+            path.parent.mkdir(exist_ok=True)
+            pq.write_table(pa.table({"text": ["text"] * 10}), path)
+        return str(tmp_path)
+
+    monkeypatch.setattr(openwebtext, "N_DOCUMENTS", 800)
+    monkeypatch.setattr(openwebtext, "_ask", lambda endpoint: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for limit, expected in [(1, [1]), (10, [1]), (11, [1, 2]), (400, [40]), (1000, [80]), (None, [80])]:
+        asked.clear()
+        names = [Path(path).name for path in openwebtext.openwebtext(2, limit).files]
+        assert names == [f"train-{i:05}-of-00080.parquet" for i in range(expected[-1])]
+        assert list(map(len, asked)) == expected  # many at once, for they are downloaded beside each other
+
+
 def test_openwebtext_is_there_where_the_files_have_its_sizes_and_nothing_says_that_they_are_of_another_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def ask_the_hub(num_proc: int) -> None:
+    def ask_the_hub(num_proc: int, limit: int | None) -> None:
         raise ValueError("asked the hub")
 
     def is_there() -> bool:

@@ -25,6 +25,7 @@ DATASET = "Skylion007/openwebtext"
 CONFIG = "plain_text"
 REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"
 N_FILES = 80
+N_DOCUMENTS = 8_013_769  # in files of nearly equal numbers
 N_TOKENS = {"train": 9_035_582_489, "val": 4_434_606}
 ANSWER_S = 20  # of the hub
 
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.input and args.limit is None and holds_tokens(args.out, N_TOKENS):
         print(f"{args.out}: train.bin and val.bin are there already")
         return 0
-    source = local_source(args.input, args.text_key) if args.input else openwebtext(args.num_proc)
+    source = local_source(args.input, args.text_key) if args.input else openwebtext(args.num_proc, args.limit)
     if is_prepared(args.out, source, args.limit, skip_bad=args.skip_bad):
         print(f"{args.out}: train.bin and val.bin are there already")
         return 0
@@ -113,35 +114,49 @@ def local_source(patterns: list[str], text_key: str) -> "Source":
     return Source(", ".join(patterns), find_files(patterns), text_key)
 
 
-def openwebtext(num_proc: int) -> "Source":
-    """The parquet files of the 8,013,769 documents, from the hub or its cache.
+def openwebtext(num_proc: int, limit: int | None) -> "Source":
+    """The parquet files of all documents, or as many of the first as hold `limit` of them, from the hub or its cache.
 
     Raises:
         ValueError: the hub is out of reach, or the files are not in the cache while HF_HUB_OFFLINE is set.
     """
-    import huggingface_hub
     from huggingface_hub import constants
 
-    from data.documents import Source
+    from data.documents import plan_units
     from data.tokenizer import gpt2_encoding
 
     if not constants.HF_HUB_OFFLINE:
         _ask(constants.ENDPOINT)  # the download would try for long
     gpt2_encoding()  # now: GPT-2's merges come from a network too
+    n_files = N_FILES if limit is None else min(N_FILES, max(1, limit * N_FILES // N_DOCUMENTS))
+    source = _download(n_files, num_proc)
+    while n_files < N_FILES and limit is not None and sum(unit.n_rows or 0 for unit in plan_units(source)) < limit:
+        n_files += 1
+        source = _download(n_files, num_proc)
+    return source
+
+
+def _download(n_files: int, num_proc: int) -> "Source":
+    """The first files, downloaded unless they are in the cache."""
+    import huggingface_hub
+
+    from data.documents import Source
+
+    names = [f"{CONFIG}/train-{i:05}-of-{N_FILES:05}.parquet" for i in range(n_files)]
     try:
         folder = huggingface_hub.snapshot_download(
             DATASET,
             repo_type="dataset",
             revision=REVISION,
-            allow_patterns=f"{CONFIG}/*.parquet",
+            allow_patterns=names,
             max_workers=num_proc,
         )
     except Exception as error:  # of the hub's client, its HTTP library, or the disk
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{DATASET} cannot be loaded ({reason}): {ALTERNATIVES}") from None
-    files = tuple(sorted(map(str, (Path(folder) / CONFIG).glob("*.parquet"))))
-    if len(files) != N_FILES:
-        raise ValueError(f"{folder}: has {len(files)} of {N_FILES} parquet files of {DATASET}: {ALTERNATIVES}")
+    files = tuple(str(path) for name in names if (path := Path(folder) / name).exists())
+    if len(files) != n_files:
+        raise ValueError(f"{folder}: has {len(files)} of {n_files} parquet files of {DATASET}: {ALTERNATIVES}")
     return Source(f"{DATASET} at {REVISION[:8]}", files)
 
 
