@@ -254,7 +254,8 @@ def _read_parquet(path: str, unit: Unit, text_key: str) -> Iterator[str | Bad]:
 
     row = 0
     try:
-        with pq.ParquetFile(path, buffer_size=2**20) as file:  # a buffer: else a whole column of a row group is read
+        # A buffer: else a whole column of a row group is read.
+        with pq.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             if text_key not in names or not _holds_text(file.schema_arrow.field(text_key).type):
                 wrong = "has no column" if text_key not in names else "holds no text in its column"

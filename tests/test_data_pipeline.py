@@ -694,6 +694,15 @@ def test_a_parquet_file_that_cannot_be_read_now_is_not_called_broken(
             read()
 
 
+def test_a_flipped_byte_of_a_page_with_a_checksum_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = ["unlike any other", *texts(20)]
+    pq.write_table(pa.table({"text": rows}), path, compression="none", write_page_checksum=True, use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(b"unlike any", b"unlike ann", 1))
+    (unit,) = plan_units(Source("test", (str(path),)))
+    assert str(next(iter(UnitReader(unit, "text")))).startswith(f"{path}: is a broken parquet file")
+
+
 def test_a_column_of_categories_is_a_column_of_texts(tmp_path: Path) -> None:
     rows = texts(20)
     pq.write_table(pa.table({"text": pa.array(rows).dictionary_encode()}), tmp_path / "a.parquet")
