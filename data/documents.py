@@ -203,7 +203,8 @@ def _text_of(line: bytes, text_key: str) -> str | Bad:
     if not isinstance(value, dict):
         return Bad("", f'is no JSON object with a key "{text_key}"')
     if text_key not in value:
-        return Bad("", f'has no key "{text_key}"; it has {_listed(value)}: choose one with --text-key')
+        names = [key for key in value if isinstance(value[key], str)]
+        return Bad("", f'has no key "{text_key}"; {_choice(names)}')
     text = value[text_key]
     return text if isinstance(text, str) else Bad("", f'"{text_key}" is no text but {json.dumps(text)[:40]}')
 
@@ -256,10 +257,11 @@ def _read_parquet(path: str, unit: Unit, text_key: str) -> Iterator[str | Bad]:
     try:
         # A buffer: else a whole column of a row group is read.
         with pq.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True) as file:
-            names = file.schema_arrow.names
-            if text_key not in names or not _holds_text(file.schema_arrow.field(text_key).type):
-                wrong = "has no column" if text_key not in names else "holds no text in its column"
-                yield Bad(path, f'{wrong} "{text_key}"; it has {_listed(names)}: choose one with --text-key', rest=True)
+            kinds = {field.name: field.type for field in file.schema_arrow}
+            names = [name for name, kind in kinds.items() if _holds_text(kind)]
+            if text_key not in names:
+                found = f"holds no text but {kinds[text_key]} in its column" if text_key in kinds else "has no column"
+                yield Bad(path, f'{found} "{text_key}"; {_choice(names)}', rest=True)
                 return
             groups = list(range(unit.start or 0, file.metadata.num_row_groups if unit.stop is None else unit.stop))
             row = sum(file.metadata.row_group(i).num_rows for i in range(unit.start or 0))
@@ -304,8 +306,10 @@ def _holds_text(kind: "pa.DataType") -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def _listed(names: Any) -> str:
-    return ", ".join(f'"{name}"' for name in list(names)[:20]) or "none"
+def _choice(names: list[str]) -> str:
+    """Of the keys or columns that hold text."""
+    listed = ", ".join(f'"{name}"' for name in names[:20])
+    return f"text is in {listed}: choose one with --text-key" if names else "no other holds text"
 
 
 def _line(error: BaseException) -> str:

@@ -621,6 +621,18 @@ def _no_text(folder: Path) -> Path:
     return path
 
 
+def _bytes(folder: Path) -> Path:
+    path = folder / "b.parquet"
+    pq.write_table(pa.table({"text": [b"a", b"b"], "n": [1, 2], "url": ["c", "d"]}), path)
+    return path
+
+
+def _lists(folder: Path) -> Path:
+    path = folder / "b.parquet"
+    pq.write_table(pa.table({"text": [["a"], ["b"]], "n": [1, 2]}), path)
+    return path
+
+
 def _broken_parquet(folder: Path) -> Path:
     path = folder / "b.parquet"
     pq.write_table(pa.table({"text": texts(500)}), path)
@@ -649,7 +661,9 @@ def _latin_1(folder: Path) -> Path:
     [
         (lambda folder: folder / "*.jsonl", "*.jsonl: matches no file"),
         (_bad_jsonl, "b.jsonl, line 5: is no JSON"),
-        (_no_text, 'b.parquet: has no column "text"; it has "body", "url"'),
+        (_no_text, 'b.parquet: has no column "text"; text is in "body", "url": choose one with --text-key'),
+        (_bytes, 'holds no text but binary in its column "text"; text is in "url": choose one with --text-key'),
+        (_lists, 'holds no text but list<element: string> in its column "text"; no other holds text; --skip-bad'),
         (_broken_parquet, "b.parquet: is a broken parquet file"),
         (_cut_gz, "b.jsonl.gz, near line 9"),
         (_one_document, "holds 1 document, but train and val need one each; cut the text"),

@@ -228,6 +228,12 @@ def test_openwebtext_is_there_where_the_files_have_its_sizes_and_nothing_says_th
     assert not is_there()
 
 
+@pytest.mark.parametrize(("option", "value"), [("--num-proc", "abc"), ("--limit", "1.5"), ("--limit", "0")])
+def test_a_number_that_is_none_is_said_to_be_so(option: str, value: str) -> None:
+    run = _script("openwebtext", option, value, returncode=2)
+    assert f"argument {option}: '{value}' is no whole number above 0" in run.stderr
+
+
 def test_without_gigatoken_the_versions_that_are_needed_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
