@@ -89,7 +89,8 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
         if cfg.log.wandb_log and world.rank == 0:
             log_in_to_wandb()
         data = Path(__file__).parent / "data"
-        corpora = sorted({path.parent.name for name in ("prepare.py", "meta.json") for path in data.glob(f"*/{name}")})
+        marks = ("prepare.py", "meta.json", "train.bin")
+        corpora = sorted({path.parent.name for mark in marks for path in data.glob(f"*/{mark}")})
         if cfg.dataset not in corpora:
             raise ValueError(f'dataset = "{cfg.dataset}" has no folder under data/; there are {", ".join(corpora)}')
         if (meta := read_meta(cfg.data_dir)) is not None:

@@ -653,6 +653,18 @@ def test_an_option_that_does_not_fit_is_refused(launcher: Launcher, overrides: l
     assert_refused(launcher.run(*overrides), *parts)
 
 
+def test_a_folder_of_token_files_alone_is_a_corpus(launcher: Launcher, tmp_path: Path) -> None:
+    """As nanoGPT's own, under data/ of a copy of the repository."""
+    for path in ROOT.glob("*.py"):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").symlink_to(launcher.corpus)
+    command = [sys.executable, "train.py", str(launcher.config), "dataset=mine"]
+    env = launcher.environment(tmp_path, None)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [
