@@ -1,5 +1,6 @@
 """data/loader.py: the laws of batches, one memory per node, and the thread that makes batches ahead."""
 
+import io
 import itertools
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loguru import logger
 
 from data import TokenDataset, prefetch
 from data.loader import Load, Split, TokenError, _draw, widen
@@ -198,6 +200,8 @@ def test_resident_memory_and_descriptors_do_not_grow_over_10_000_batches(
         (tmp_path / f"{split}.bin").touch()
         os.truncate(tmp_path / f"{split}.bin", file_mb * 2**20)
     dataset = TokenDataset(tmp_path, 1024, 42)
+    for path in dataset.paths.values():
+        path.unlink()  # a batch that opened its file again would not find it
     dataset.batch("train", 0, slice(0, 30), 30)
     before_mb, n_open = _resident_mb(), len(os.listdir("/proc/self/fd"))
     largest_mb = dict(before_mb)
@@ -263,6 +267,32 @@ def test_two_processes_hold_one_memory_which_outlives_its_maker(data_dir: Path) 
     assert worker.exitcode == 0
     with closing(here):
         worker.close()
+
+
+@linux
+def test_one_worker_of_a_node_tells_of_loading_and_shows_its_progress(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.node_memory._TELL_BYTES", 1)
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # no thread, which would outlive the test
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    told: list[str] = []
+    places: list[MemoryFile] = []
+    turns = itertools.count()
+
+    def share(load: Load | None) -> MemoryFile:
+        if load is not None:
+            places.append(load())
+        return places[next(turns) % 2]  # train, val, for one worker after the other
+
+    sink = logger.add(told.append, format="{message}")
+    try:
+        workers = [TokenDataset(data_dir, 16, 42, True, local_rank=rank, share=share) for rank in range(2)]
+    finally:
+        logger.remove(sink)
+    expected = [f"{verb} {path}" for path in workers[0].paths.values() for verb in ("Loading", "Loaded")]
+    assert [line.split(",")[0].split(" in ")[0] for line in told] == expected
+    assert [terminal.getvalue().count(f"{split}.bin:   0%") for split in ("train", "val")] == [1, 1]
 
 
 @linux
@@ -339,6 +369,11 @@ def test_prefetch_delivers_on_the_gpu(data_dir: Path) -> None:
         assert x.device == y.device == torch.device("cuda:0")
         assert torch.equal(x.cpu(), dataset.batch("train", step, slice(0, 4), 4)[0])
         assert torch.equal(y.cpu(), dataset.batch("train", step, slice(0, 4), 4)[1])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def _alone(load: Load | None) -> MemoryFile:
