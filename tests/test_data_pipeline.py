@@ -876,6 +876,7 @@ def test_of_long_documents_the_beginning_is_compared_with_the_reference(tmp_path
         pipeline.prepare(job, tmp_path / "out", num_proc=1)
 
 
+@pytest.mark.fault
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
