@@ -54,6 +54,11 @@ def main() -> int:
     world = World.from_env()
     log_to_terminal(world)
     try:
+        world.require_that_restarts_meet()
+    except ValueError as error:
+        logger.error(error)
+        return 2
+    try:
         cfg = load_config(args.config, args.overrides)
     except ValueError as error:
         cfg = error  # raised when the workers have met, for then all end with it
@@ -82,7 +87,7 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
     with world.failing_together():
         if isinstance(cfg, ValueError):
             raise cfg
-        world.check()
+        world.require_gpus()
         cfg.train.micro_batches(world.world_size)
         if cfg.train.backend == "decentdp":
             build_topology(cfg.train.topology, world.world_size, world.local_world_size)

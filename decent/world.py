@@ -68,20 +68,27 @@ class World:
             store_stays=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
 
-    def check(self) -> None:
+    def require_that_restarts_meet(self) -> None:
+        """To be called before the workers meet: torchruns that restart these could not meet either.
+
+        Raises:
+            ValueError: they could not.
+        """
+        if self.max_restarts and self.store_stays and self.local_world_size < self.world_size:
+            raise ValueError(
+                f"--max-restarts={self.max_restarts} on more than one node needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+                "in the environment of torchrun"
+            )
+
+    def require_gpus(self) -> None:
         """
         Raises:
-            ValueError: there are GPUs, but not one for each worker of this node; or a restart could only hang.
+            ValueError: there are GPUs, but not one for each worker of this node.
         """
         if 0 < self.n_gpus < self.local_world_size:
             raise ValueError(
                 f"{self.local_world_size} workers on a node with {self.n_gpus} GPUs: "
                 f"start it with --nproc_per_node={self.n_gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
-            )
-        if self.max_restarts and self.store_stays and self.local_world_size < self.world_size:
-            raise ValueError(
-                f"--max-restarts={self.max_restarts} on more than one node needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
-                "in the environment of torchrun"
             )
 
     @contextmanager

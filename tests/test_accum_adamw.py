@@ -60,10 +60,11 @@ def reference(
     eps: float = 1e-8,
     wd: float = 0.1,
     s: int = 8,
-) -> np.ndarray:
-    """One parameter through all steps in float64, written from the formula."""
+) -> list[np.ndarray]:
+    """One parameter after each step in float64, written from the formula."""
     b1, b2 = betas
     p = p.astype(np.float64)
+    path = []
     m, v, a = (np.zeros_like(p) for _ in range(3))
     for t, (g, lr) in enumerate(zip(grads, lrs, strict=True), start=1):
         k = math.ceil(t / s)
@@ -74,7 +75,8 @@ def reference(
         p = p - lr / (1 - b1**k) * M / (np.sqrt(V) / np.sqrt(1 - b2**k) + eps)
         if t % s == 0:
             m, v, a = b1 * m + (1 - b1) * a, b2 * v + (1 - b2) * a * a, np.zeros_like(p)
-    return p
+        path.append(p)
+    return path
 
 
 def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], grads: list[list[Tensor]]) -> None:
@@ -103,7 +105,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
 # float32: a step of size lr <= 0.1 has a relative error of some 1e-7, 11 of them stay below 3e-6.
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-12, 1e-13), (torch.float32, 3e-6, 3e-6)])
 @given(run=runs())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equals_the_formula_in_every_element(
     compile: bool, dtype: torch.dtype, rtol: float, atol: float, run: dict[str, Any]
 ) -> None:
@@ -116,8 +118,9 @@ def test_equals_the_formula_in_every_element(
         train(optimizer, params, [[torch.tensor(g, dtype=dtype) for g in grads]])
     for i, (p, start) in enumerate(zip(params, run["params"], strict=True)):
         grads = [grads_of_step[i].astype(np.float64) for grads_of_step in run["grads"]]
-        expected = reference(start, grads, run["lrs"], run["betas"], run["eps"], run["wd"], run["s"])
-        np.testing.assert_allclose(p.detach().numpy(), expected, rtol=rtol, atol=atol)
+        path = reference(start, grads, run["lrs"], run["betas"], run["eps"], run["wd"], run["s"])
+        largest = max(1, np.abs(path).max())  # by a tiny gradient with beta2 = 0; a later step may come back from there
+        np.testing.assert_allclose(p.detach().numpy(), path[-1], rtol=rtol, atol=atol * largest)
 
 
 def normal_run(n_steps: int, dtype: torch.dtype = torch.float64) -> tuple[list[nn.Parameter], list[list[Tensor]]]:
@@ -269,7 +272,7 @@ def test_tensors_that_are_cut_into_batches_or_share_one_equal_the_formula(
     train(optimizer, params, [[torch.tensor(g, dtype=dtype) for g in grads_of_step] for grads_of_step in grads])
     for i, p in enumerate(params):
         of_p = [grads_of_step[i].astype(np.float64) for grads_of_step in grads]
-        expected = reference(starts[i], of_p, [0.01] * len(of_p), s=4)
+        expected = reference(starts[i], of_p, [0.01] * len(of_p), s=4)[-1]
         np.testing.assert_allclose(p.detach().double().numpy(), expected, rtol=tolerance, atol=tolerance)
 
 

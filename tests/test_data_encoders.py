@@ -63,7 +63,7 @@ def test_a_run_of_spaces_on_which_tiktoken_itself_breaks_is_cut_as_its_pattern_w
     assert Tiktoken()(text).tolist() == gigatoken(text).tolist()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.text())
 @example("\u0c5c's")
 def test_any_text_has_the_ids_of_encode_ordinary(gigatoken: Gigatoken, text: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loguru import logger
 
@@ -44,7 +44,6 @@ steps = st.integers(0, 2**40)
 splits = st.sampled_from(["train", "val"])
 
 
-@settings(deadline=None)
 @given(splits, seeds, steps, st.integers(1, 64), st.booleans())
 def test_a_batch_is_a_pure_function_of_seed_stream_and_step(
     data_dir: Path, split: Split, seed: int, step: int, context_length: int, evaluation: bool
@@ -60,7 +59,6 @@ def test_a_batch_is_a_pure_function_of_seed_stream_and_step(
         assert torch.equal(a, b)
 
 
-@settings(deadline=None)
 @given(splits, seeds, steps, st.integers(1, 8), st.integers(1, 5), st.integers(1, 64))
 def test_the_rows_of_all_workers_are_the_global_batch(
     data_dir: Path, split: Split, seed: int, step: int, world_size: int, per_worker: int, context_length: int
@@ -73,7 +71,6 @@ def test_the_rows_of_all_workers_are_the_global_batch(
         assert torch.equal(whole, torch.cat(of_workers))
 
 
-@settings(deadline=None)
 @given(splits, seeds, steps, st.integers(1, 64))
 def test_targets_are_the_inputs_one_token_later(
     data_dir: Path, split: Split, seed: int, step: int, context_length: int
@@ -104,7 +101,6 @@ def test_widening_keeps_all_ids_of_16_bits() -> None:
     assert torch.equal(y, ids.view(2, -1)[:, 1:])
 
 
-@settings(deadline=None)
 @given(splits, st.integers(1, 699), st.integers(1, 9))
 def test_in_order_every_token_but_the_first_is_a_target_once(
     data_dir: Path, split: Split, context_length: int, n: int

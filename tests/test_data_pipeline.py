@@ -572,6 +572,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_ends_it(tmp_path: Path,
     process = subprocess.Popen([*command, "--tokenizer", "tiktoken"], stderr=subprocess.PIPE, start_new_session=True)
     while not list(out.glob(".prepare/*/*.part")) and process.poll() is None:
         time.sleep(0.01)
+    time.sleep(0.2)  # Python takes a SIGINT in the middle of an import badly, and that of tqdm is just now
     children = _session(process.pid) - {process.pid}
     assert children
     os.kill(process.pid, how)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.token_file import Tokens, is_complete, open_tokens, write_tokens
@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 documents = st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=5).map(lambda ids: np.array(ids, dtype=np.int64)))
 
 
-@settings(deadline=None)
 @given(documents)
 def test_a_file_is_its_documents_one_after_the_other_in_little_endian_16_bits(
     tmp_path_factory: pytest.TempPathFactory, documents: list[np.ndarray]

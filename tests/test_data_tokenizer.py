@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
@@ -77,7 +77,6 @@ def test_odd_unicode_survives(text: str) -> None:
     assert encoding.decode(encoding.encode_ordinary(text)) == text
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_decoding_undoes_encoding(text: str) -> None:
     encoding = gpt2_encoding()

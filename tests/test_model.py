@@ -167,7 +167,7 @@ def test_the_embedding_gets_the_gradients_of_input_and_output() -> None:
 
 
 @given(T=st.integers(2, CONTEXT), data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_later_token_never_changes_earlier_logits(T: int, data: st.DataObject) -> None:
     changed = data.draw(st.integers(1, T - 1))
     model = tiny().eval()
@@ -244,7 +244,7 @@ def test_the_generator_decides_what_is_sampled() -> None:
 
 
 @given(vocab_size=st.integers(1, 60), top_k=st.integers(1, 60), seed=st.integers(0, 2**32))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_only_the_k_most_likely_ids_below_vocab_size_are_sampled(vocab_size: int, top_k: int, seed: int) -> None:
     model = tiny().eval()
     idx = tokens(4, 3)

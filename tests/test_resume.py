@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import Launcher, Run, launcher, timeless, without_times
+from test_train import Launcher, Run, free_port, launcher, timeless, without_times
 
 from decent.checkpoint_files import read_index, write_index
 
@@ -25,7 +24,7 @@ __all__ = ["launcher"]  # a fixture
 
 N_STEPS = 14
 LONG = ("train.n_steps=100000", "log.eval_interval=100000", "log.checkpoint_interval=50", "log.run_name=run")
-UNNAMED = ("train.n_steps=400", "log.eval_interval=100000", "log.checkpoint_interval=50")
+UNNAMED = ("train.n_steps=700", "log.eval_interval=100000", "log.checkpoint_interval=50")
 
 
 def final_states(run: Run) -> list[dict[str, Any]]:
@@ -503,10 +502,12 @@ def test_torchrun_restarts_from_the_newest_checkpoint_in_the_same_directory(laun
 
 def two_nodes(launcher: Launcher, place: Path, *overrides: str, **env: str) -> "list[subprocess.Popen[str]]":
     """Two torchruns with a worker each, which may be restarted once."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        endpoint = f"localhost:{free.getsockname()[1]}"
-    rendezvous = ("--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=test", "--local-addr=localhost")
+    rendezvous = (
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=localhost:{free_port()}",
+        "--rdzv_id=test",
+        "--local-addr=localhost",
+    )
     options = ("--nnodes=2", *rendezvous, "--max-restarts=1")
     return [start(launcher, place, *overrides, n=1, options=options, **env) for _ in range(2)]
 
@@ -527,7 +528,7 @@ def test_the_torchruns_of_two_nodes_restart_together(launcher: Launcher, tmp_pat
     assert [node.wait(90) for node in nodes] == [0, 0], (tmp_path / "err").read_text()
     (run_dir,) = (tmp_path / "log").iterdir()
     assert "Resumed from" in (run_dir / "train.log").read_text()
-    assert steps_saved(tmp_path)[-1] == 400
+    assert steps_saved(tmp_path)[-1] == 700
 
 
 @pytest.mark.dist

@@ -535,9 +535,9 @@ def share_what_takes_longer_than_the_timeout(store: str) -> str:
         store=dist.FileStore(store, world.world_size),
         rank=world.rank,
         world_size=world.world_size,
-        timeout=timedelta(seconds=1),
+        timeout=timedelta(seconds=2),
     )
-    return world.share_on_node((lambda: time.sleep(3) or f"of {world.rank}") if world.local_rank == 0 else None)
+    return world.share_on_node((lambda: time.sleep(5) or f"of {world.rank}") if world.local_rank == 0 else None)
 
 
 def test_a_node_waits_for_what_its_first_worker_makes_however_long_that_takes(tmp_path: Path) -> None:

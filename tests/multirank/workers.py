@@ -17,7 +17,7 @@ from typing import Any
 TIMEOUT_S = 90
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed", "torch.nn.parallel", "hypothesis", "numpy"])
+_context.set_forkserver_preload(["torch.distributed", "torch.nn.parallel", "torch._dynamo", "hypothesis", "numpy"])
 
 
 class WorkerError(AssertionError):
