@@ -583,10 +583,10 @@ os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "{agent_store}"
 if not {agent_store}:
     os.environ["MASTER_PORT"] = "{free_port()}"
 if os.environ["RANK"] == "1":
-    time.sleep(6)
+    time.sleep(4)
     os._exit(0)
 """
-    run = launcher.run("train.timeout_s=2", n=2, first=late, timeout_s=20)
+    run = launcher.run("train.timeout_s=1", n=2, first=late, timeout_s=20)
     assert run.codes == [1, 0], run.errors
     (line,) = [line for line in run.errors[0].splitlines() if "ERROR" in line]
     assert f"at the start: {message}" in line
