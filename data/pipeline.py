@@ -191,7 +191,7 @@ def _too_few(n_documents: int, left_out: str, job: Job) -> str:
     if job.limit == n_documents:
         return f"{message}; give --limit 2 or more"
     cut = "; cut the text into several .txt files, or into the lines of a .jsonl file"
-    return message + cut * n_documents
+    return message + (cut if n_documents else "")
 
 
 def _describe_(folder: Path, job: Job, fingerprint: str, plan: placement.Plan) -> None:
