@@ -54,18 +54,22 @@ def test_continues_the_prompt_by_tokens_of_gpt2_the_same_way_for_the_same_seed(t
         (b"weights", "not a best_model.pth of train.py"),
         (b"\x80\x02.", "not a best_model.pth of train.py (IndexError: "),  # a pickle of nothing
         ({"model": {}}, "not a best_model.pth of train.py (KeyError: 'model_config')"),
+        ({"model": Path()}, "not a best_model.pth of train.py (broken, or more than tensors and numbers)"),
     ],
 )
-def test_a_missing_or_broken_file_is_one_line_and_exit_code_2(tmp_path: Path, content: object, message: str) -> None:
+def test_a_missing_or_broken_file_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object, message: str
+) -> None:
     path = tmp_path / "best_model.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    result = run_sample(path)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"sample.py: {path}: {message}")
-    assert result.stderr.count("\n") == 1
+    assert sample.main([str(path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"sample.py: {path}: {message}")
+    assert said.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("error", [IndexError("pop from empty list"), AssertionError(), RecursionError("too deep")])
