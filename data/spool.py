@@ -27,7 +27,6 @@ class Part(NamedTuple):
     """What the header of a part says. last: the unit ends with it."""
 
     path: Path
-    unit: int
     n_documents: int
     n_bad: int  # documents left out, not in n_documents
     last: bool
@@ -35,6 +34,10 @@ class Part(NamedTuple):
     checksum: int  # crc32 of lengths, tokens and first_bad
     breaks_off: bool = False  # the file of the unit does, behind the documents of this part
     first_bad: str = ""  # what is wrong with the first that is left out, or where the file breaks off
+
+    @property
+    def unit(self) -> int:
+        return int(self.path.name.split("-")[0])
 
     @property
     def n_read(self) -> int:
@@ -69,8 +72,7 @@ def write_part(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    unit = int(path.name.split("-")[0])
-    return Part(path, unit, n_documents, n_bad, last, len(tokens), checksum, breaks_off, first_bad)
+    return Part(path, n_documents, n_bad, last, len(tokens), checksum, breaks_off, first_bad)
 
 
 def read_part(path: Path) -> Part | None:
@@ -80,8 +82,7 @@ def read_part(path: Path) -> Part | None:
     form, n_documents, n_bad, last, n_tokens, checksum, breaks_off, n_reason = np.fromfile(
         path, _HEADER, _N_HEADER
     ).tolist()
-    unit = int(path.name.split("-")[0])
-    part = Part(path, unit, n_documents, n_bad, bool(last), n_tokens, checksum, bool(breaks_off))
+    part = Part(path, n_documents, n_bad, bool(last), n_tokens, checksum, bool(breaks_off))
     end = part.tokens_offset + n_tokens * TOKEN.itemsize
     if form != _FORMAT or size_bytes != end + n_reason:
         return None

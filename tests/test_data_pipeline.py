@@ -29,7 +29,7 @@ from data.meta import file_sha256, read_meta, settle
 from data.openwebtext import prepare as openwebtext
 from data.placement import lay_out
 from data.progress import Progress
-from data.spool import Part, read_lengths, read_part
+from data.spool import Part, part_path, read_lengths, read_part
 from data.tokenise import Job
 from data.tokenizer import gpt2_encoding
 
@@ -235,7 +235,7 @@ def lines_until_a_limit(n_units: int) -> int:
         for number, needed in tokenise._needed(n_units, parts, limit):
             assert needed == limit - 2 * max(0, number - 2)
             if number >= 2:  # two processes are at work
-                parts.append(Part(Path(), number - 2, 2, 0, True, 9, 0))
+                parts.append(Part(part_path(Path(), number - 2, 0), 2, 0, True, 9, 0))
     finally:
         sys.settrace(before)
     assert len(parts) == limit // 2
