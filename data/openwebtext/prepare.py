@@ -128,9 +128,10 @@ def openwebtext(num_proc: int, limit: int | None) -> "Source":
     if not constants.HF_HUB_OFFLINE:
         _ask(constants.ENDPOINT)  # the download would try for long
     gpt2_encoding()  # now: GPT-2's merges come from a network too
-    n_files = N_FILES if limit is None else min(N_FILES, max(1, limit * N_FILES // N_DOCUMENTS))
+    wanted = limit or N_DOCUMENTS
+    n_files = min(N_FILES, max(1, wanted * N_FILES // N_DOCUMENTS))
     source = _download(n_files, num_proc)
-    while n_files < N_FILES and limit is not None and sum(unit.n_rows or 0 for unit in plan_units(source)) < limit:
+    while n_files < N_FILES and sum(unit.n_rows or 0 for unit in plan_units(source)) < wanted:
         n_files += 1
         source = _download(n_files, num_proc)
     return source
