@@ -69,10 +69,10 @@ class World:
         )
 
     def require_that_restarts_meet(self) -> None:
-        """To be called before the workers meet: torchruns that restart these could not meet either.
+        """For before the workers meet: two torchruns that restart them a moment apart would wait for each other.
 
         Raises:
-            ValueError: they could not.
+            ValueError: restarted workers would look for each other in the stores of different restarts.
         """
         if self.max_restarts and self.store_stays and self.local_world_size < self.world_size:
             raise ValueError(
