@@ -114,17 +114,17 @@ class TrainConfig(Section):
             )
         return self
 
-    def micro_batch_rows(self, world_size: int) -> int:
+    def rows_per_micro_batch(self, world_size: int) -> int:
         """Sequences of a worker's forward and backward pass."""
         return self.micro_batch_size or max(1, self.global_batch_size // world_size)
 
-    def micro_batches(self, world_size: int) -> int:
+    def n_micro_batches(self, world_size: int) -> int:
         """Forward and backward passes per step and worker.
 
         Raises:
             ValueError: the global batch cannot be cut into equal micro-batches on so many workers.
         """
-        n, rest = divmod(self.global_batch_size, world_size * self.micro_batch_rows(world_size))
+        n, rest = divmod(self.global_batch_size, world_size * self.rows_per_micro_batch(world_size))
         if rest:
             divisor = f"{world_size} workers" + (
                 f" x micro_batch_size = {self.micro_batch_size}" if self.micro_batch_size else ""

@@ -28,7 +28,7 @@ def evaluate(model: nn.Module, world: World, cfg: Config, dataset: TokenDataset)
 
 def sampled_loss(model: nn.Module, world: World, cfg: Config, dataset: TokenDataset, split: Split) -> Tensor:
     """This worker's mean loss over its rows of eval_steps global batches, a float64 scalar."""
-    n_micro_batches = cfg.train.micro_batches(world.world_size)
+    n_micro_batches = cfg.train.n_micro_batches(world.world_size)
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     size = cfg.train.global_batch_size
     steps, rows = range(cfg.log.eval_steps), world.rows(size)
@@ -45,7 +45,7 @@ def whole_loss(model: nn.Module, world: World, cfg: Config, dataset: TokenDatase
     The workers take turns, a micro-batch each, through the windows in order. Some may have a turn less than others:
     nothing in here waits for another worker.
     """
-    rows = cfg.train.micro_batch_rows(world.world_size)
+    rows = cfg.train.rows_per_micro_batch(world.world_size)
     n_targets = dataset.n_targets("val")
     targets_each = rows * cfg.train.context_length
     firsts = range(world.rank * targets_each, n_targets, world.world_size * targets_each)  # target of each turn

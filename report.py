@@ -20,7 +20,7 @@ from tqdm import tqdm
 from config import Config
 from decent import World
 from decent.checkpoint_files import synced
-from decent.roll_call import first_line
+from decent.liveness import first_line
 from model import GPT
 
 LOG_FORMAT = "[{time:HH:mm:ss} {level: >5}] {message}"
@@ -72,7 +72,7 @@ class Report:
         self.evaluated_step, self.evaluated_time_s = 0, 0.0  # of the last evaluation
         self.wandb_id: str | None = None
         self.wandb = None
-        introduce(world, cfg, gpt)
+        log_setup(world, cfg, gpt)
 
     def state_dict(self) -> dict[str, Any]:
         names = ("best_val_loss", "train_time_s", "evaluated_step", "evaluated_time_s", "data_wait_s", "wandb_id")
@@ -93,8 +93,8 @@ class Report:
         n_steps = self.cfg.train.n_steps
         self.bar = tqdm(total=n_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=quiet)
         if self.world.rank == 0:
-            with training_goes_on("metrics.jsonl"):
-                forget_metrics(self.run_dir / "metrics.jsonl", after_step=first_step)
+            with log_write_errors("metrics.jsonl"):
+                drop_metrics_after(self.run_dir / "metrics.jsonl", after_step=first_step)
             if self.cfg.log.wandb_log:
                 self.wandb = wandb.init(
                     project=self.cfg.log.wandb_project,
@@ -129,7 +129,7 @@ class Report:
             yield batch
             start_s = time.perf_counter()
 
-    def looks_at(self, step: int) -> bool:
+    def reads_loss_at(self, step: int) -> bool:
         """Whether `progress` reads the loss of this step, for which it waits for the GPU."""
         return step % CHECK_INTERVAL == 0
 
@@ -139,7 +139,7 @@ class Report:
         Raises:
             NonFiniteLoss: it is nan or infinite, in a step that is looked at.
         """
-        if self.looks_at(step):
+        if self.reads_loss_at(step):
             value = loss.item()
             self.require_finite(value, step)
             self.bar.set_postfix(loss=f"{value:.3f}", refresh=False)
@@ -177,12 +177,12 @@ class Report:
         }
         if peak := peak_flops_per_s(self.world):
             metrics["mfu"] = tokens_per_s * self.gpt.flops_per_token() / peak
-        with training_goes_on("metrics.jsonl"):
+        with log_write_errors("metrics.jsonl"):
             append_line(self.run_dir / "metrics.jsonl", json.dumps(metrics))
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
         if losses["val"] < self.best_val_loss:
-            with training_goes_on("best_model.pth"):
+            with log_write_errors("best_model.pth"):
                 self.save_best_model(step, losses["val"])
                 self.best_val_loss = losses["val"]
 
@@ -217,7 +217,7 @@ class Report:
 
 
 @contextmanager
-def training_goes_on(name: str) -> Generator[None]:
+def log_write_errors(name: str) -> Generator[None]:
     """Logs that a file could not be written: a full disk must not end a run of days."""
     try:
         yield
@@ -225,10 +225,13 @@ def training_goes_on(name: str) -> Generator[None]:
         logger.error(f"{name} not written, training goes on: {first_line(error)}")
 
 
-def introduce(world: World, cfg: Config, gpt: GPT) -> None:
+def log_setup(world: World, cfg: Config, gpt: GPT) -> None:
     """What is trained, on what, with which batches."""
     batch, length = cfg.train.global_batch_size, cfg.train.context_length
-    n_micro_batches, rows = cfg.train.micro_batches(world.world_size), cfg.train.micro_batch_rows(world.world_size)
+    n_micro_batches, rows = (
+        cfg.train.n_micro_batches(world.world_size),
+        cfg.train.rows_per_micro_batch(world.world_size),
+    )
     how = cfg.train.backend + (f" over {cfg.train.topology}" if cfg.train.backend == "decentdp" else "")
     if world.restart_count:
         logger.info(f"Restart number {world.restart_count} of this run")
@@ -263,7 +266,7 @@ def append_line(path: Path, line: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def forget_metrics(path: Path, *, after_step: int) -> None:
+def drop_metrics_after(path: Path, *, after_step: int) -> None:
     """Takes the lines of later steps out of a metrics.jsonl, and a last one that was cut short."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

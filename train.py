@@ -26,8 +26,8 @@ from decent import (
     AllReduceDP,
     Checkpoints,
     DecentDP,
+    Liveness,
     PeerError,
-    RollCall,
     SetupError,
     StopRequest,
     World,
@@ -64,11 +64,11 @@ def main() -> int:
         cfg = error  # raised when the workers have met, for then all end with it
     timeout_s = cfg.train.timeout_s if isinstance(cfg, Config) else None
     try:
-        with world.connected(timeout_s) as roll, closing(StopRequest(world, roll, timeout_s)) as stop:
+        with world.connected(timeout_s) as liveness, closing(StopRequest(world, liveness, timeout_s)) as stop:
             try:
                 tune_process()
                 cfg, dataset, run_dir = prepare(world, cfg)
-                saved = train(world, cfg, dataset, run_dir, roll, stop)
+                saved = train(world, cfg, dataset, run_dir, liveness, stop)
             except SetupError as error:
                 logger.error(error)  # rank 0 speaks for all
                 world.gather(None)  # nobody leaves before it has: torchrun ends the others with the first
@@ -84,11 +84,11 @@ def main() -> int:
 
 def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDataset, Path]:
     """Everything that a user can have got wrong is found here, on all workers at once and before a file is written."""
-    with world.failing_together():
+    with world.raise_on_all_ranks():
         if isinstance(cfg, ValueError):
             raise cfg
         world.require_gpus()
-        cfg.train.micro_batches(world.world_size)
+        cfg.train.n_micro_batches(world.world_size)
         if cfg.train.backend == "decentdp":
             build_topology(cfg.train.topology, world.world_size, world.local_world_size)
         if cfg.log.wandb_log and world.rank == 0:
@@ -107,21 +107,23 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
             cfg.in_memory,
             vocab_size=cfg.model.vocab_size,
             local_rank=world.local_rank,
-            share=world.share_on_node if world.local_world_size > 1 else None,
+            share=world.once_per_node if world.local_world_size > 1 else None,
         )
-    with world.failing_together():
+    with world.raise_on_all_ranks():
         # A torchrun counts the failures of its own node only.
         restarted = max(world.gather(world.restart_count)) > 0
         run_dir = Path(cfg.log_dir) / world.gather(name_of_run(world, cfg, restarted))[0]  # clocks differ: rank 0's
         find_start(run_dir / "checkpoint", cfg)  # a mistake in it is a mistake in the input too
-    with world.failing_together():
+    with world.raise_on_all_ranks():
         if world.rank == 0:
             open_run_dir(run_dir, cfg)
             logger.info(meta.describe() if meta else f"corpus: {cfg.data_dir}, which has no meta.json")
     return cfg, dataset, run_dir
 
 
-def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, roll: RollCall, stop: StopRequest) -> bool:
+def train(
+    world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, liveness: Liveness, stop: StopRequest
+) -> bool:
     """Whether the state at its end, or where it was asked to stop, is saved."""
     torch.manual_seed(cfg.train.seed)
     gpt = GPT(cfg.model, cfg.train.context_length).to(world.device)
@@ -134,20 +136,20 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, roll:
     checkpoints = Checkpoints(
         run_dir / "checkpoint", world, model, {"optimizer": optimizer, "scaler": scaler, "report": report}, cfg
     )
-    first_step = roll.step = checkpoints.restore()
+    first_step = liveness.step = checkpoints.restore()
     steps, size = range(first_step, cfg.train.n_steps), cfg.train.global_batch_size
     with (
         closing(dataset.batches("train", steps, world.rows(size), size, device=world.device)) as batches,
         closing(checkpoints),
         report.running(first_step),
-        roll.answering(),
+        liveness.report_own_error(),
     ):
         for step, (x, y) in zip(steps, report.timed(batches), strict=True):
             lr = lr_at(step, cfg.train.lr_schedule, cfg.train.n_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            loss = forward_and_backward(model, x, y, cfg.train.micro_batches(world.world_size), autocast, scaler)
+            loss = forward_and_backward(model, x, y, cfg.train.n_micro_batches(world.world_size), autocast, scaler)
             if cfg.train.grad_norm_clip:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(gpt.parameters(), cfg.train.grad_norm_clip)
@@ -158,7 +160,7 @@ def train(world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, roll:
 
             evaluating, saving = cfg.evaluates_after(step + 1), cfg.saves_after(step + 1)
             # All-Reduce queues a whole step behind the others' gradients; a scaler reads what it found in them.
-            waiting = model.replicated or scaler.is_enabled() or evaluating or saving or report.looks_at(step + 1)
+            waiting = model.replicated or scaler.is_enabled() or evaluating or saving or report.reads_loss_at(step + 1)
             stopping = stop.agreed(step + 1, before_a_wait=waiting)
             report.progress(step + 1, loss)
             if evaluating:
@@ -233,10 +235,10 @@ def wrap(gpt: GPT, cfg: Config, world: World, autocast: AbstractContextManager[A
             cfg.train.timeout_s,
         )
     model = AllReduceDP(gpt, world.device)
-    rows = cfg.train.micro_batch_rows(world.world_size)
+    rows = cfg.train.rows_per_micro_batch(world.world_size)
     tokens = torch.zeros(rows, cfg.train.context_length, dtype=torch.int64, device=world.device)
     with autocast:
-        model.settle(tokens, tokens)
+        model.rebuild_buckets(tokens, tokens)
     return model
 
 

@@ -116,7 +116,7 @@ def write_meta(path: Path, meta: Meta) -> None:
     temporary.replace(path)
 
 
-def settle(folder: Path) -> dict[str, str]:
+def sync_and_hash(folder: Path) -> dict[str, str]:
     """SHA-256 of train.bin and val.bin in a folder, which are on the disk itself when this returns."""
     files = [folder / "train.bin", folder / "val.bin"]
     with ThreadPoolExecutor() as threads:  # both release the interpreter, and a disk writes while we hash

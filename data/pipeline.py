@@ -22,9 +22,9 @@ import numpy as np
 from data import placement
 from data.documents import Source, Unit, plan_units
 from data.meta import NAME as META
-from data.meta import Meta, SplitMeta, file_sha256, read_meta, settle, write_meta
+from data.meta import Meta, SplitMeta, file_sha256, read_meta, sync_and_hash, write_meta
 from data.spool import Part, read_lengths
-from data.token_file import is_complete
+from data.token_file import has_n_tokens
 from data.tokenise import Job, tokenise
 
 SPOOL = ".prepare"
@@ -56,7 +56,7 @@ def holds_tokens(out: Path, n_tokens: dict[str, int]) -> bool:
         return False
     return (
         (meta is None or {"train": meta.train.tokens, "val": meta.val.tokens} == n_tokens)
-        and all(is_complete(out / f"{split}.bin", n) for split, n in n_tokens.items())
+        and all(has_n_tokens(out / f"{split}.bin", n) for split, n in n_tokens.items())
         and not any((out / SPOOL).glob(f"*/{META}"))
     )
 
@@ -125,8 +125,8 @@ def _is_filled(folder: Path, out: Path, job: Job) -> bool:
     if meta is None or (meta.lacks_documents and not job.skip_bad):
         return False
     return all(
-        is_complete(folder / name, split.tokens)
-        or (is_complete(out / name, split.tokens) and file_sha256(out / name) == split.sha256)
+        has_n_tokens(folder / name, split.tokens)
+        or (has_n_tokens(out / name, split.tokens) and file_sha256(out / name) == split.sha256)
         for name, split in (("train.bin", meta.train), ("val.bin", meta.val))
     )
 
@@ -197,7 +197,7 @@ def _too_few(n_documents: int, left_out: str, job: Job) -> str:
 def _describe_(folder: Path, job: Job, fingerprint: str, plan: placement.Plan) -> None:
     """Writes the folder's meta.json, with which only the renames are left to do."""
     layout = placement.lay_out(plan.lengths)
-    sha256 = settle(folder)
+    sha256 = sync_and_hash(folder)
     n_documents = {"train": len(plan.lengths) - layout.n_val, "val": layout.n_val}
     n_tokens = {"train": layout.n_tokens - layout.n_val_tokens, "val": layout.n_val_tokens}
     train, val = (SplitMeta(n_documents[split], n_tokens[split], sha256[split]) for split in ("train", "val"))

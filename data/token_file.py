@@ -67,7 +67,7 @@ def write_tokens(path: str | Path, documents: Iterable[npt.NDArray[np.integer]])
     return n_tokens
 
 
-def is_complete(path: str | Path, n_tokens: int) -> bool:
+def has_n_tokens(path: str | Path, n_tokens: int) -> bool:
     """Whether the file is there and holds exactly n_tokens."""
     try:
         return os.stat(path).st_size == n_tokens * TOKEN.itemsize

@@ -3,7 +3,7 @@
 from decent.allreduce_dp import AllReduceDP
 from decent.checkpoint import Checkpoints, find_start
 from decent.decent_dp import DecentDP
-from decent.roll_call import PeerError, RollCall
+from decent.liveness import Liveness, PeerError
 from decent.topology import Topology, build_topology
 from decent.world import SetupError, StopRequest, World
 
@@ -11,8 +11,8 @@ __all__ = [
     "AllReduceDP",
     "Checkpoints",
     "DecentDP",
+    "Liveness",
     "PeerError",
-    "RollCall",
     "SetupError",
     "StopRequest",
     "Topology",

@@ -16,7 +16,7 @@ class AllReduceDP(DistributedDataParallel):
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         super().__init__(module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
-    def settle(self, *inputs: Tensor) -> None:
+    def rebuild_buckets(self, *inputs: Tensor) -> None:
         """A backward whose gradients are thrown away; inputs: of a micro-batch, for module(*inputs)[1] to be the loss.
 
         DDP sorts its buckets anew after its first backward, and with the buckets the order changes in which more than
@@ -35,7 +35,7 @@ class AllReduceDP(DistributedDataParallel):
         """Nothing, between two steps."""
         return {}
 
-    def restart(self, in_flight: dict[str, Any]) -> None:
+    def resume_exchange(self, in_flight: dict[str, Any]) -> None:
         """Nothing to do."""
 
     def averaged(self) -> AbstractContextManager[None]:

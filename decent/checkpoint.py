@@ -26,8 +26,8 @@ from decent.checkpoint_files import (
     DamagedCheckpoint,
     Saved,
     State,
-    complete,
-    complete_in,
+    checkpoints_at,
+    list_checkpoints,
     map_tensors,
     read_index,
     read_mean,
@@ -39,7 +39,7 @@ from decent.checkpoint_files import (
     write_worker,
 )
 from decent.decent_dp import DecentDP
-from decent.roll_call import first_line
+from decent.liveness import first_line
 from decent.world import World
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Checkpoints:
             reports = self._gather(_try(lambda: write_worker(hidden, self._world.rank, state)))
             errors = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if isinstance(report, str)]
             if not errors and self._world.rank == 0:
-                answer = _try(lambda: self._complete(hidden, path, step, cast(list[dict[str, Any]], reports)))
+                answer = _try(lambda: self._publish(hidden, path, step, cast(list[dict[str, Any]], reports)))
                 errors += [answer] if isinstance(answer, str) else []
             if errors:
                 logger.error(f"checkpoint of step {step} not saved, training goes on: {errors[0]}")
@@ -125,7 +125,7 @@ class Checkpoints:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def _complete(self, hidden: Path, path: Path, step: int, workers: list[dict[str, Any]]) -> None:
+    def _publish(self, hidden: Path, path: Path, step: int, workers: list[dict[str, Any]]) -> None:
         require_files(hidden, workers)
         write_index(hidden, step, self._about, workers)
         if path.exists():  # damaged, or the run would have gone on from it or a later one
@@ -133,7 +133,9 @@ class Checkpoints:
         hidden.rename(path)
         sync_names(self._folder)  # before older ones go
         logger.info(f"Saved checkpoint {path.name}")
-        until_now = [other for other in complete(self._folder) if other.name <= path.name]  # later ones are damaged
+        until_now = [
+            other for other in list_checkpoints(self._folder) if other.name <= path.name
+        ]  # later ones are damaged
         for old in until_now[: -self._cfg.log.keep_checkpoints]:
             if isinstance(error := _try(lambda old=old: remove(old)), str):
                 logger.warning(f"{old} cannot be removed: {error}")
@@ -150,7 +152,7 @@ class Checkpoints:
         Raises:
             SetupError: find_start's errors, or none of the checkpoints is undamaged.
         """
-        with self._world.failing_together():
+        with self._world.raise_on_all_ranks():
             # Rank 0's: what other nodes see of a shared file system may be older.
             candidates = self._world.gather(find_start(self._folder, self._cfg))[0]
             if not candidates:
@@ -184,7 +186,7 @@ class Checkpoints:
             state["in_flight"]["gossip_every"] = None  # what was in flight is in the mean
         else:
             logger.info(f"{saved.path} is of {n_workers} workers, this run has {n_now}")
-        self._model.restart(state["in_flight"])
+        self._model.resume_exchange(state["in_flight"])
         n_steps = self._cfg.train.n_steps
         done = f", and train.n_steps = {n_steps}: there is nothing left to do" if saved.step >= n_steps else ""
         logger.info(f"Resumed from {saved.path}: step {saved.step}{done}")
@@ -223,7 +225,7 @@ def find_start(folder: Path, cfg: "Config") -> list[Path]:
     Raises:
         ValueError: there is none at cfg.checkpoint, or the newest does not fit this run.
     """
-    paths = complete(folder) or (complete_in(Path(cfg.checkpoint)) if cfg.checkpoint else [])
+    paths = list_checkpoints(folder) or (checkpoints_at(Path(cfg.checkpoint)) if cfg.checkpoint else [])
     if paths:
         with suppress(DamagedCheckpoint):  # who reads it will take the one before
             _require_fit(read_index(paths[-1]), describe(cfg), folder)

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from decent.roll_call import first_line
+from decent.liveness import first_line
 
 State = dict[str, Any]  # what torch.load(weights_only=True) can read: tensors, numbers, strings, lists, dicts
 
@@ -37,18 +37,18 @@ class Saved:
     workers: list[dict[str, Any]]  # "bytes" and "sha256" of each worker's file
 
 
-def complete(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name) and path.is_dir())
 
 
-def complete_in(path: Path) -> list[Path]:
+def checkpoints_at(path: Path) -> list[Path]:
     """The checkpoint `path`, or those of that folder or run directory, oldest first.
 
     Raises:
         ValueError: there is none.
     """
-    found = [path] if (path / INDEX).exists() else complete(path) or complete(path / "checkpoint")
+    found = [path] if (path / INDEX).exists() else list_checkpoints(path) or list_checkpoints(path / "checkpoint")
     if not found:
         raise ValueError(f'checkpoint = "{path}": there is no checkpoint, as log/RUN/checkpoint/step-000001000')
     return found

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from decent.exchange import Exchange
-from decent.roll_call import PeerError, first_line
+from decent.liveness import PeerError, first_line
 from decent.topology import build_topology
 from decent.world import World
 
@@ -99,10 +99,10 @@ class DecentDP(nn.Module):
             self._exchange.start(self.step // self.gossip_every)
 
     def in_flight(self) -> dict[str, Any]:
-        """What `restart` needs, besides the parameters, to start the exchange in flight once more."""
+        """What `resume_exchange` needs, besides the parameters, to start the exchange in flight once more."""
         return {"step": self.step, "gossip_every": self.gossip_every, "snapshots": self._exchange.snapshots}
 
-    def restart(self, in_flight: dict[str, Any]) -> None:
+    def resume_exchange(self, in_flight: dict[str, Any]) -> None:
         """Starts an exchange again that was in flight when the parameters, which are loaded by now, were saved.
 
         A collective, between an exchange and a mix. Snapshots of another gossip_every are dropped.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from decent.roll_call import PeerError, RollCall, first_line
+from decent.liveness import Liveness, PeerError, first_line
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class World:
             )
 
     @contextmanager
-    def connected(self, timeout_s: float | None = None) -> Generator[RollCall]:
+    def connected(self, timeout_s: float | None = None) -> Generator[Liveness]:
         """The process group, nccl on GPUs and gloo on CPUs, for as long as the block runs.
 
         timeout_s: how long its members wait for each other; None is PyTorch's default.
@@ -108,14 +108,14 @@ class World:
             backend, device_id = "nccl", self.device
         else:
             backend, device_id = "gloo", None
-        roll = RollCall(self.rank, self.world_size, store)
-        with roll.naming_the_missing():
+        liveness = Liveness(self.rank, self.world_size, store)
+        with liveness.blame_missing_ranks():
             dist.init_process_group(
                 backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world_size, device_id=device_id
             )
         try:
-            with roll.naming_the_missing():
-                yield roll
+            with liveness.blame_missing_ranks():
+                yield liveness
         finally:
             dist.destroy_process_group()
 
@@ -145,7 +145,7 @@ class World:
         return [value for value, _, _ in answers]
 
     @contextmanager
-    def failing_together(self) -> Generator[None]:
+    def raise_on_all_ranks(self) -> Generator[None]:
         """A block in which a ValueError or OSError of one worker becomes a SetupError of all: none is left waiting.
 
         Collectives inside the block must be `gather` or made of it: a worker that fails answers the others' next one.
@@ -159,7 +159,7 @@ class World:
         else:
             self.gather(None)
 
-    def share_on_node(self, make: Callable[[], T] | None) -> T:
+    def once_per_node(self, make: Callable[[], T] | None) -> T:
         """What `make` returns on local rank 0 of this node; the others pass None. A collective of all workers.
 
         It may take longer than workers wait for each other: meanwhile they ask whether it is done.
@@ -204,8 +204,8 @@ class StopRequest:
     GPU_LAG = 1  # for CUDA takes about a thousand kernels; then queueing more behind a worker that hangs waits too
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, world: World, roll: RollCall, timeout_s: float | None = None) -> None:
-        self._roll = roll
+    def __init__(self, world: World, liveness: Liveness, timeout_s: float | None = None) -> None:
+        self._liveness = liveness
         self._received = False
         on_gpu = world.device.type == "cuda"
         self._lag, self._lag_before_a_wait = (self.GPU_LAG, 0) if on_gpu else (self.LAG, self.LAG)
@@ -223,7 +223,7 @@ class StopRequest:
 
         before_a_wait: what comes next may wait for the GPU, on all workers; to stop is to wait for it too.
         """
-        self._roll.step = step
+        self._liveness.step = step
         flag = torch.tensor(float(self._received))
         work = dist.all_reduce(flag, group=self._group, async_op=True)
         assert work is not None

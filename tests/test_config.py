@@ -335,14 +335,14 @@ def test_micro_batches_divide_the_global_batch_or_the_error_names_one_that_they_
     cfg = TrainConfig(global_batch_size=batch, micro_batch_size=micro)
     if batch % (world_size * (micro or 1)):
         with pytest.raises(ValueError, match=rf"^train\.global_batch_size = {batch} .*; (\d+) would be$") as caught:
-            cfg.micro_batches(world_size)
+            cfg.n_micro_batches(world_size)
         batch = int(str(caught.value).split()[-3])
         cfg = TrainConfig(global_batch_size=batch, micro_batch_size=micro)
-    assert world_size * (micro or batch // world_size) * cfg.micro_batches(world_size) == batch
+    assert world_size * (micro or batch // world_size) * cfg.n_micro_batches(world_size) == batch
 
 
 def test_without_micro_batch_size_a_workers_share_is_one_micro_batch() -> None:
-    assert TrainConfig(global_batch_size=480).micro_batches(16) == 1
+    assert TrainConfig(global_batch_size=480).n_micro_batches(16) == 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda path: path.name)

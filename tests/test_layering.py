@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTED = {
-    f"decent/{name}.py" for name in ("world", "roll_call", "exchange", "decent_dp", "allreduce_dp", "checkpoint")
+    f"decent/{name}.py" for name in ("world", "liveness", "exchange", "decent_dp", "allreduce_dp", "checkpoint")
 }
 BENCHMARKS = {"scripts/bench.py", "scripts/netlab_worker.py"}  # time the bare collectives and other wrappers
 

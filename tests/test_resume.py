@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import Launcher, Run, free_port, launcher, timeless, without_times
 
 from decent.checkpoint_files import read_index, write_index
-
-__all__ = ["launcher"]  # a fixture
+from tests.launcher import Launcher, Run, free_port, timeless, without_times
 
 N_STEPS = 14
 LONG = ("train.n_steps=100000", "log.eval_interval=100000", "log.checkpoint_interval=50", "log.run_name=run")
@@ -75,8 +73,8 @@ if True:
     decent.world.StopRequest.agreed = dying
 """
 QUICK_ROLL_CALL = """
-    import decent.roll_call
-    decent.roll_call.RollCall.TIMEOUT_S = 1
+    import decent.liveness
+    decent.liveness.Liveness.TIMEOUT_S = 1
 """
 
 # Workers and nodes: with two workers all topologies are one, and three take turns to send one way or to rest.

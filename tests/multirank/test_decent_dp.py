@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from workers import WorkerError, run_workers
 
 from decent import DecentDP, PeerError, World, build_topology, exchange
 from decent.exchange import plan_groups, plan_route
 from decent.simulate import simulate, stack_parameters
 from optim import AccumAdamW
+from tests.multirank.workers import WorkerError, run_workers
 
 pytestmark = pytest.mark.dist
 
@@ -511,10 +511,10 @@ def share_with_a_mistake_of(rank: int) -> str:
         raise ValueError("no such thing")
 
     try:
-        with world.failing_together():
+        with world.raise_on_all_ranks():
             if world.rank == rank != 0:
                 fail()
-            world.share_on_node(fail if world.rank == rank else None)
+            world.once_per_node(fail if world.rank == rank else None)
     except ValueError as error:
         return str(error)
     return "nothing was raised"
@@ -537,7 +537,7 @@ def share_what_takes_longer_than_the_timeout(store: str) -> str:
         world_size=world.world_size,
         timeout=timedelta(seconds=2),
     )
-    return world.share_on_node((lambda: time.sleep(5) or f"of {world.rank}") if world.local_rank == 0 else None)
+    return world.once_per_node((lambda: time.sleep(5) or f"of {world.rank}") if world.local_rank == 0 else None)
 
 
 def test_a_node_waits_for_what_its_first_worker_makes_however_long_that_takes(tmp_path: Path) -> None:

@@ -6,17 +6,17 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-from workers import run_workers
 
-from decent import PeerError, RollCall, StopRequest, World
+from decent import Liveness, PeerError, StopRequest, World
+from tests.multirank.workers import run_workers
 
 WAIT_S = 2
 
 
-def requests_of(rank: int, device: str) -> tuple[StopRequest, RollCall, dist.Store]:
+def requests_of(rank: int, device: str) -> tuple[StopRequest, Liveness, dist.Store]:
     store = dist.distributed_c10d._get_default_store()
-    roll = RollCall(rank, 2, store)
-    return StopRequest(World(rank, 2, rank, 2, torch.device(device)), roll, timeout_s=WAIT_S), roll, store
+    liveness = Liveness(rank, 2, store)
+    return StopRequest(World(rank, 2, rank, 2, torch.device(device)), liveness, timeout_s=WAIT_S), liveness, store
 
 
 def ask_one_and_count_steps(device: str, asked: int) -> list[bool]:
@@ -64,10 +64,10 @@ def test_nobody_waits_for_a_worker_that_is_not_far_behind(device: str, lag: int)
 
 def wait_for_the_gpu_without_rank_1() -> str:
     rank = dist.get_rank()
-    stop, roll, store = requests_of(rank, "cuda")
-    RollCall.TIMEOUT_S = 1
+    stop, liveness, store = requests_of(rank, "cuda")
+    Liveness.TIMEOUT_S = 1
     try:
-        with roll.naming_the_missing():
+        with liveness.blame_missing_ranks():
             stop.agreed(1, before_a_wait=False)
             if rank == 1:
                 store.wait(["rank 0 has noticed"])

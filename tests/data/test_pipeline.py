@@ -25,7 +25,7 @@ import pytest
 from data import documents, pipeline, placement, tokenise
 from data.documents import Source, UnitReader, find_files, plan_units
 from data.encoders import Encoder, Tiktoken, best_encoder, build_encoder
-from data.meta import file_sha256, read_meta, settle
+from data.meta import file_sha256, read_meta, sync_and_hash
 from data.openwebtext import prepare as openwebtext
 from data.placement import lay_out
 from data.progress import Progress
@@ -33,7 +33,7 @@ from data.spool import Part, part_path, read_lengths, read_part
 from data.tokenise import Job
 from data.tokenizer import gpt2_encoding
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "data" / "openwebtext" / "prepare.py"
 WORDS = ["the", "<|endoftext|>", "Décentralisé", "한국", "\n\n", "1,024", "👩‍👧", "gossip", "don't", "\u0c5c's"]
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 on fork beside threads
@@ -287,7 +287,7 @@ def test_a_source_that_changes_after_it_was_read_is_prepared_anew(
 ) -> None:
     path, out = jsonl(tmp_path / "a.jsonl", texts(20)), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "settle", lambda folder: (jsonl(path, texts(30)), settle(folder))[1])
+        patch.setattr(pipeline, "settle", lambda folder: (jsonl(path, texts(30)), sync_and_hash(folder))[1])
         prepare(path, out)
     assert prepared(out) == nanogpt(texts(20))
     assert not pipeline.is_prepared(out, Source("test", (str(path),)), None, skip_bad=False)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.token_file import Tokens, is_complete, open_tokens, write_tokens
+from data.token_file import Tokens, has_n_tokens, open_tokens, write_tokens
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 documents = st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=5).map(lambda ids: np.array(ids, dtype=np.int64)))
 
@@ -27,7 +27,7 @@ def test_a_file_is_its_documents_one_after_the_other_in_little_endian_16_bits(
     expected = [int(token) for document in documents for token in document]
     assert n_tokens == len(expected)
     assert path.read_bytes() == b"".join(token.to_bytes(2, "little") for token in expected)
-    assert is_complete(path, n_tokens)
+    assert has_n_tokens(path, n_tokens)
     if expected:
         assert open_tokens(path, 1).tolist() == expected
 

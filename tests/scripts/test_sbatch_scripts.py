@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ["16xA100.sh", "d-16xA100.sh"]
 TORCHRUN = "/bin/true"  # any program: srun does not start it here
 EPHEMERAL_PORTS_FROM = 32768  # Linux: net.ipv4.ip_local_port_range

@@ -133,7 +133,7 @@ def test_after_kill_9_nobody_holds_the_memory(tmp_path: Path) -> None:
 def start(program: str, *arguments: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", program + "input()", *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from data.meta import Meta, SplitMeta, check_meta, file_sha256, read_meta, settle, write_meta
+from data.meta import Meta, SplitMeta, check_meta, file_sha256, read_meta, sync_and_hash, write_meta
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 META = Meta("gpt2", 50257, "tiktoken 0", "texts/*.txt", "f", 0, SplitMeta(3, 1000, "a"), SplitMeta(1, 100, "b"))
 
 
@@ -29,7 +29,7 @@ def test_reading_undoes_writing(folder: Path) -> None:
 
 
 def test_hashes_are_those_of_the_files(folder: Path) -> None:
-    assert settle(folder) == {split: file_sha256(folder / f"{split}.bin") for split in ("train", "val")}
+    assert sync_and_hash(folder) == {split: file_sha256(folder / f"{split}.bin") for split in ("train", "val")}
     # printf '\1\0%.0s' $(seq 100) | sha256sum
     assert file_sha256(folder / "val.bin") == "1115e762552ae9c13837cbf6949cab2dd2f8e9de9ea226c50236f9c888a5f25e"
 

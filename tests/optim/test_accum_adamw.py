@@ -385,7 +385,7 @@ def test_without_a_compiler_foreach_operations_do_the_same(
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **environment, **cold},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=100,

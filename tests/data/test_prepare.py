@@ -19,10 +19,10 @@ from data import encoders, tokenizer
 from data.meta import Meta, SplitMeta, check_meta, file_sha256, read_meta, write_meta
 from data.openwebtext import prepare as openwebtext
 from data.sotu import prepare as sotu
-from data.token_file import is_complete, open_tokens
+from data.token_file import has_n_tokens, open_tokens
 from data.tokenizer import gpt2_encoding
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 END_OF_TEXT = 50256
 
 
@@ -75,7 +75,7 @@ def test_sotu_does_nothing_when_both_files_are_complete_and_repairs_them_when_no
     assert "127,418 tokens" in run.stdout
     assert "tiktoken" in _imported(run)
     assert "torch" not in _imported(run)
-    assert all(is_complete(sotu_dir / f"{split}.bin", n) for split, n in sotu.N_TOKENS.items())
+    assert all(has_n_tokens(sotu_dir / f"{split}.bin", n) for split, n in sotu.N_TOKENS.items())
 
 
 @pytest.mark.parametrize("corpus", ["sotu", "openwebtext"])

@@ -23,7 +23,7 @@ def first_line(error: BaseException) -> str:
     return re.sub(r"^\[\S+\.cc:\d+\] ", "", line).partition(". This is typically ")[0]
 
 
-class RollCall:
+class Liveness:
     """The roll of one worker. store: that of all workers."""
 
     TIMEOUT_S: float = 5  # for workers that fail a little later, each with an error of its own
@@ -33,7 +33,7 @@ class RollCall:
         self._rank, self._world_size, self._store = rank, world_size, store
 
     @contextmanager
-    def answering(self) -> Generator[None]:
+    def report_own_error(self) -> Generator[None]:
         """When the block fails, the roll call is answered before what is around it is closed, which may take long."""
         try:
             yield
@@ -43,14 +43,14 @@ class RollCall:
             raise
 
     @contextmanager
-    def naming_the_missing(self) -> Generator[None]:
+    def blame_missing_ranks(self) -> Generator[None]:
         """Turns what the backend says of a failed collective into a PeerError that names the ranks which are missing,
         or says why they ended.
 
         All workers that are left come here, each with an error of its own.
         """
         try:
-            with self.answering():
+            with self.report_own_error():
                 yield
         except Exception as error:
             if not _is_of_a_peer(error):
