@@ -204,3 +204,16 @@ def remove(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Generator[IO[bytes]]:
+    """Binary file that takes its name when the block ends, written and synced; an exception leaves nothing behind."""
+    hidden = path.with_name(f".{path.name}.tmp")
+    try:
+        with synced(hidden) as file:
+            yield file
+        hidden.replace(path)
+    finally:
+        with suppress(OSError):
+            hidden.unlink(missing_ok=True)
