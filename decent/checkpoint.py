@@ -154,7 +154,7 @@ class Checkpoints:
         """
         with self._world.raise_on_all_ranks():
             # Rank 0's: what other nodes see of a shared file system may be older.
-            candidates = self._world.gather(find_start(self._folder, self._cfg))[0]
+            candidates = self._world.all_gather(find_start(self._folder, self._cfg))[0]
             if not candidates:
                 return 0
             saved, state = self._newest_undamaged(candidates)
@@ -196,7 +196,7 @@ class Checkpoints:
         """The same checkpoint on all workers, though each reads other files."""
         for path in reversed(candidates):
             answer = _try(lambda path=path: self._read(path))
-            answers = self._world.gather(answer if isinstance(answer, str) else None)
+            answers = self._world.all_gather(answer if isinstance(answer, str) else None)
             errors = [error for error in answers if error is not None]
             if not errors:
                 return cast(tuple[Saved, State], answer)

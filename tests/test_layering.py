@@ -8,11 +8,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTED = {
-    f"decent/{name}.py" for name in ("world", "liveness", "exchange", "decent_dp", "allreduce_dp", "checkpoint")
+    f"decent/{name}.py" for name in ("world", "liveness", "stop", "exchange", "decent_dp", "allreduce_dp", "checkpoint")
 }
 BENCHMARKS = {"scripts/bench.py", "scripts/netlab_worker.py"}  # time the bare collectives and other wrappers
 
-PROJECT = {"config", "data", "decent", "evaluation", "model", "optim", "report", "train"}
+PROJECT = {"config", "data", "decent", "model", "optim", "train"}
 
 
 def sources(*patterns: str) -> list[str]:

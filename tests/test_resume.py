@@ -57,8 +57,8 @@ def in_place(launcher: Launcher, place: Path, *overrides: str, **options: Any) -
 # Stops every worker at the end of a given step, as a kill between two steps would, when the last save is written.
 KILL_AFTER = """
 if True:
-    import decent.checkpoint, decent.world
-    agreed = decent.world.StopRequest.agreed
+    import decent.checkpoint, decent.stop
+    agreed = decent.stop.StopRequest.agreed
     save = decent.checkpoint.Checkpoints.save
     savers = []
     def noting(self, step):
@@ -70,7 +70,7 @@ if True:
             all(saver.wait() for saver in savers[-1:])
             os._exit(137)
         return agreed(self, step, **options)
-    decent.world.StopRequest.agreed = dying
+    decent.stop.StopRequest.agreed = dying
 """
 QUICK_ROLL_CALL = """
     import decent.liveness

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from config import ModelConfig, load_config
-from data import TokenDataset
+from data.loader import TokenDataset
+from decent.run_log import append_line
 from model import GPT
 from optim import lr_at
-from report import append_line
 from tests.launcher import (
     BATCH_SIZE,
     CONFIG,
@@ -324,10 +324,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1_and_a_line_that
 @pytest.mark.dist
 def test_the_log_says_why_another_worker_ended(launcher: Launcher) -> None:
     only_here = """
-import report
-require_finite = report.Report.require_finite
+from decent.run_log import RunLog
+require_finite = RunLog.require_finite
 if os.environ["RANK"] == "1":
-    report.Report.require_finite = lambda self, loss, step: require_finite(self, float("nan"), step)
+    RunLog.require_finite = lambda self, loss, step: require_finite(self, float("nan"), step)
 """
     run = launcher.run(n=2, first=only_here, timeout_s=40)
     assert run.codes == [1, 1], run.errors
@@ -565,13 +565,14 @@ def test_a_token_file_that_is_cut_while_training_ends_the_run_with_a_line_and_ex
     for split in ("train", "val"):
         np.zeros(100_000, "<u2").tofile(tmp_path / f"{split}.bin")
     at_step_3 = f"""
-import report, torch
+from decent.run_log import RunLog
+import torch
 def progress(self, step, loss):
     if step == 3:
         torch.distributed.barrier()
         time.sleep(0.1)  # nobody reads ahead now: a page that is cut off between look and read is a SIGBUS
         os.truncate({str(tmp_path / "train.bin")!r}, 2000)
-report.Report.progress = progress
+RunLog.progress = progress
 """
     run = launcher.run(f"data_dir={tmp_path}", n=2, first=at_step_3, timeout_s=30)
     assert 2 in run.codes, run.errors
