@@ -1,4 +1,4 @@
-"""Who is missing when a collective has failed: in a store every rank says that it is there, or why it ended.
+"""The missing ranks after a failed collective: in a store every rank says that it is there, or why it ended.
 
 The connections of a process group are of no use once one of them has failed. The store may be gone too, with rank 0.
 """

@@ -1,4 +1,4 @@
-"""Where a run writes, settled before it trains: the terminal, its directory, its account at Weights & Biases."""
+"""The places a run writes to, settled before it trains: terminal, directory, account at Weights & Biases."""
 
 import sys
 from datetime import datetime

@@ -32,7 +32,7 @@ DEFAULTS = {
     "log.run_name": None,  # SLURM's job id, or the time
     "checkpoint": "",
     "train.backend": "decentdp",
-    "train.topology": "alternating-exp-ring",
+    "train.topology": None,
     "train.comm_dtype": "float32",
     "train.gossip_every": 1,
     "train.stop_on_nan": True,
