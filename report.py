@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from config import Config
 from decent import World
-from decent.checkpoint_files import synced
+from decent.checkpoint_files import whole_file
 from decent.liveness import first_line
 from model import GPT
 
@@ -46,15 +46,12 @@ def open_run_dir(run_dir: Path, cfg: Config) -> None:
     Raises:
         ValueError: it cannot be written.
     """
-    hidden = run_dir / ".config.toml"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        hidden.write_text(cfg.to_toml())
-        hidden.replace(run_dir / "config.toml")  # whole or not at all
+        with whole_file(run_dir / "config.toml") as file:
+            file.write(cfg.to_toml().encode())
         logger.add(run_dir / "train.log", format=LOG_FORMAT)
     except OSError as error:
-        with suppress(OSError):
-            hidden.unlink()
         raise ValueError(f'log_dir = "{cfg.log_dir}": {run_dir} cannot be written: {error.strerror}') from None
 
 
@@ -207,12 +204,8 @@ class Report:
             "step": step,
             "val_loss": val_loss,
         }
-        try:
-            with synced(path.with_suffix(".tmp")) as file:
-                torch.save(best, file)
-            path.with_suffix(".tmp").replace(path)  # whole or not at all
-        finally:
-            path.with_suffix(".tmp").unlink(missing_ok=True)
+        with whole_file(path) as file:
+            torch.save(best, file)
         logger.info(f"Saved model to {os.path.join(self.cfg.log_dir, self.run_dir.name, path.name)}")
 
 

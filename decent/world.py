@@ -144,6 +144,14 @@ class World:
             raise SetupError(message if everywhere else f"rank {rank} on {answers[rank][2]}: {message}")
         return [value for value, _, _ in answers]
 
+    def all_gather(self, value: T) -> list[T]:
+        """Every worker's value, by rank. A collective."""
+        return self.gather(value)
+
+    def agree_on_errors(self, error: str | None) -> None:
+        """Raise a SetupError on all workers if one or more have an error. A collective."""
+        self.gather(None, error)
+
     @contextmanager
     def raise_on_all_ranks(self) -> Generator[None]:
         """A block in which a ValueError or OSError of one worker becomes a SetupError of all: none is left waiting.
