@@ -67,8 +67,8 @@ def main() -> int:
         with world.connected(timeout_s) as liveness, closing(StopRequest(world, liveness, timeout_s)) as stop:
             try:
                 tune_process()
-                cfg, dataset, run_dir, start = prepare(world, cfg)
-                saved = train(world, cfg, dataset, run_dir, start, liveness, stop)
+                cfg, dataset, run_dir = prepare(world, cfg)
+                saved = train(world, cfg, dataset, run_dir, liveness, stop)
             except SetupError as error:
                 logger.error(error)  # rank 0 speaks for all
                 world.gather(None)  # nobody leaves before it has: torchrun ends the others with the first
@@ -82,7 +82,7 @@ def main() -> int:
     return 0 if saved else 1  # not 0: the job would be requeued, again and again
 
 
-def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDataset, Path, list[Path]]:
+def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDataset, Path]:
     """Everything that a user can have got wrong is found here, on all workers at once and before a file is written."""
     with world.raise_on_all_ranks():
         if isinstance(cfg, ValueError):
@@ -113,23 +113,16 @@ def prepare(world: World, cfg: Config | ValueError) -> tuple[Config, TokenDatase
         # A torchrun counts the failures of its own node only.
         restarted = max(world.gather(world.restart_count)) > 0
         run_dir = Path(cfg.log_dir) / world.gather(name_of_run(world, cfg, restarted))[0]  # clocks differ: rank 0's
-        # Rank 0's answer: other nodes may see an older state of a shared file system.
-        start = world.all_gather(find_start(run_dir / "checkpoint", cfg))[0]
+        find_start(run_dir / "checkpoint", cfg)  # its errors are mistakes in the input too
     with world.raise_on_all_ranks():
         if world.rank == 0:
             open_run_dir(run_dir, cfg)
             logger.info(meta.describe() if meta else f"corpus: {cfg.data_dir}, which has no meta.json")
-    return cfg, dataset, run_dir, start
+    return cfg, dataset, run_dir
 
 
 def train(
-    world: World,
-    cfg: Config,
-    dataset: TokenDataset,
-    run_dir: Path,
-    start: list[Path],
-    liveness: Liveness,
-    stop: StopRequest,
+    world: World, cfg: Config, dataset: TokenDataset, run_dir: Path, liveness: Liveness, stop: StopRequest
 ) -> bool:
     """Whether the state at its end, or where it was asked to stop, is saved."""
     torch.manual_seed(cfg.train.seed)
@@ -143,7 +136,7 @@ def train(
     checkpoints = Checkpoints(
         run_dir / "checkpoint", world, model, {"optimizer": optimizer, "scaler": scaler, "report": report}, cfg
     )
-    first_step = liveness.step = checkpoints.restore(start)
+    first_step = liveness.step = checkpoints.restore()
     steps, size = range(first_step, cfg.train.n_steps), cfg.train.global_batch_size
     with (
         closing(dataset.batches("train", steps, world.rows(size), size, device=world.device)) as batches,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class Checkpoints:
     """Saves and restores `model`, its exchange in flight, this worker's random numbers, and `parts`.
 
-        first_step = checkpoints.restore(find_start(folder, cfg))
+        first_step = checkpoints.restore()
         with checkpoints.running():
             ... checkpoints.save(step) ...
 
@@ -117,14 +117,14 @@ class Checkpoints:
 
     # --- restoring
 
-    def restore(self, candidates: list[Path]) -> int:
-        """Load the newest undamaged checkpoint and return its number of optimizer steps; 0 without candidates.
-
-        candidates: from find_start, the same on all workers.
+    def restore(self) -> int:
+        """Load the newest undamaged checkpoint and return its number of optimizer steps; 0 means there is none.
 
         Raises:
-            SetupError: all candidates are damaged.
+            SetupError: all checkpoints are damaged.
         """
+        # Rank 0's answer: other nodes may see an older state of a shared file system.
+        candidates = self._world.all_gather(find_start(self._folder, self._cfg))[0]
         if not candidates:
             return 0
         saved, state = self._read_newest(candidates)

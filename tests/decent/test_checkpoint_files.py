@@ -128,6 +128,5 @@ def test_construction_touches_neither_files_nor_process_groups(tmp_path: Path) -
     (tmp_path / ".step-000000005").mkdir()
     world = World(rank=0, world_size=2, local_rank=0, local_world_size=2, device=torch.device("cpu"))
     checkpoints = Checkpoints(tmp_path, world, cast(Any, None), {}, Config())  # without init_process_group
-    assert checkpoints.restore([]) == 0
-    assert checkpoints.wait()
+    assert checkpoints.wait()  # nothing to wait for
     assert [path.name for path in tmp_path.iterdir()] == [".step-000000005"]
