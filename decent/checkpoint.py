@@ -39,11 +39,7 @@ if TYPE_CHECKING:
 class Checkpoints:
     """Saves and restores `model`, its exchange in flight, this worker's random numbers, and `parts`.
 
-        first_step = checkpoints.restore()
-        with checkpoints.running():
-            ... checkpoints.save(step) ...
-
-    `restore`, `running` and `save` are collectives. The newest log.keep_checkpoints stay. A part has state_dict and
+    `restore` comes before `running`, and `save` inside it; all three are collectives. A part has state_dict and
     load_state_dict; optimizers keep the hyperparameters of this run's configuration.
     """
 
@@ -56,11 +52,9 @@ class Checkpoints:
         self._group: Any = None  # of the thread, inside `running`: its collectives must not mix with the training's
         self._writing: Future[bool] | None = None  # the last save
 
-    # --- saving
-
     @contextmanager
     def running(self) -> Generator[None]:
-        """Block in which `save` works. Waits at its end for the last save."""
+        """Block in which `save` works. At its end it waits for the last save."""
         if self._world.rank == 0:
             files.remove_unfinished(self._folder)
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._cfg.train.timeout_s))
@@ -114,8 +108,6 @@ class Checkpoints:
             _, error = _attempt(files.remove, old)
             if error:
                 logger.warning(f"{old} cannot be removed: {error}")
-
-    # --- restoring
 
     def restore(self) -> int:
         """Load the newest undamaged checkpoint and return its number of optimizer steps; 0 means there is none.
