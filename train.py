@@ -130,7 +130,7 @@ def train(
     host_waits = model.replicated or scaler.is_enabled()  # for DDP's gradients or GradScaler's found_inf, in each step
     with (
         closing(dataset.batches("train", steps, world.rows(size), size, device=world.device)) as batches,
-        closing(checkpoints),
+        checkpoints.running(),
         run.running(steps.start),
         liveness.report_own_error(),
     ):

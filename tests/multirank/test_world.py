@@ -1,4 +1,4 @@
-"""What workers agree on. On GPUs the device is only a name here: nothing of a StopRequest is computed on it."""
+"""Agreement of workers on a request to stop. A GPU is only a name here: nothing of a StopRequest is computed on it."""
 
 import os
 import signal
