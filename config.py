@@ -74,7 +74,7 @@ class LRSchedule(Section):
 
 class TrainConfig(Section):
     backend: Backend = "decentdp"
-    topology: TopologyName = "alternating-exp-ring"  # decentdp: who averages with whom
+    topology: TopologyName | None = None  # decentdp: who averages with whom; None: as the number of nodes suggests
     comm_dtype: Literal["float32", "bfloat16"] = "float32"  # decentdp: what travels between pairs and between nodes
     gossip_every: Count = 1  # decentdp: steps between two exchanges; each hides behind that many steps
     stop_on_nan: bool = True  # end the run when a loss is not finite; its checkpoints stay

@@ -37,6 +37,8 @@ _FAULT_BYTES = 2**16  # what Linux maps around a page that is touched
 class TokenError(ValueError):
     """What is found wrong with a token file only while it is trained on; the message is one line."""
 
+    exit_code = 2
+
 
 class TokenDataset:
     """Draws windows uniformly, with replacement, from data_dir/train.bin and data_dir/val.bin.

@@ -51,6 +51,12 @@ class Meta:
         )
 
 
+def list_datasets(root: Path) -> list[str]:
+    """Names of the folders under `root` that hold a corpus or prepare one, sorted."""
+    marks = ("prepare.py", NAME, "train.bin")
+    return sorted({path.parent.name for mark in marks for path in root.glob(f"*/{mark}")})
+
+
 def read_meta(data_dir: str | Path) -> Meta | None:
     """What data_dir/meta.json says; None if there is none, or the whole folder is closed: open_tokens says that.
 

@@ -4,8 +4,9 @@ from decent.allreduce_dp import AllReduceDP
 from decent.checkpoint import Checkpoints, find_start
 from decent.decent_dp import DecentDP
 from decent.liveness import Liveness, PeerError
-from decent.topology import Topology, build_topology
-from decent.world import SetupError, StopRequest, World
+from decent.stop import StopRequest
+from decent.topology import Topology, build_topology, default_topology
+from decent.world import SetupError, World, keep_freed_memory
 
 __all__ = [
     "AllReduceDP",
@@ -18,5 +19,7 @@ __all__ = [
     "Topology",
     "World",
     "build_topology",
+    "default_topology",
     "find_start",
+    "keep_freed_memory",
 ]

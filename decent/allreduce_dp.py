@@ -9,37 +9,36 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class AllReduceDP(DistributedDataParallel):
-    """All workers hold the same parameters; backward averages their gradients."""
+    """All workers hold the same parameters; backward averages their gradients.
+
+    DDP sorts its buckets again after its first backward, and sums of more than two gradients change with their order.
+    With an example, inputs for which module(*example)[1] is a loss, that backward is made here, and its gradients are
+    dropped. Then every step rounds alike, also the first one of a run that resumes.
+    """
 
     replicated = True
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, example: tuple[Tensor, ...] | None = None) -> None:
         super().__init__(module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-
-    def rebuild_buckets(self, *inputs: Tensor) -> None:
-        """A backward whose gradients are thrown away; inputs: of a micro-batch, for module(*inputs)[1] to be the loss.
-
-        DDP sorts its buckets anew after its first backward, and with the buckets the order changes in which more than
-        two workers' gradients are added. After this every step rounds alike, also the first one of a run that resumes.
-        """
-        self(*inputs)[1].backward()
-        self.zero_grad()
+        if example is not None:
+            self(*example)[1].backward()
+            self.zero_grad()
 
     def mix(self) -> None:
-        """Nothing: the parameters of the workers are equal."""
+        """Do nothing: the parameters of the workers are equal."""
 
     def exchange(self) -> None:
-        """Nothing: the gradients have been exchanged in backward."""
+        """Do nothing: the gradients have been exchanged in backward."""
 
     def in_flight(self) -> dict[str, Any]:
-        """Nothing, between two steps."""
+        """Return {}: between two steps nothing is under way."""
         return {}
 
     def resume_exchange(self, in_flight: dict[str, Any]) -> None:
-        """Nothing to do."""
+        """Do nothing: nothing was under way."""
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The module is the mean of all workers' at any time."""
+        """Leave the module as it is: it is the mean of all workers' at any time."""
         return nullcontext()
 
     def consensus_distance(self) -> float:

@@ -1,12 +1,11 @@
-"""The files of a checkpoint: which there are, writing one worker's, reading and checking them. No process groups."""
+"""Files of a checkpoint: list, write, check and read them. No process groups."""
 
 import hashlib
 import json
 import os
 import pickle
-import re
 import shutil
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,119 +18,106 @@ from decent.liveness import first_line
 
 State = dict[str, Any]  # what torch.load(weights_only=True) can read: tensors, numbers, strings, lists, dicts
 
-FORMAT = 2  # of the files; another number is refused
-INDEX = "index.json"
+FORMAT = 2  # version of the files; any other is refused
+INDEX, WORKER = "index.json", "worker-{:05d}.pt"
 
 
 class DamagedCheckpoint(ValueError):
-    """A file of a checkpoint is missing, or is not what was written."""
+    """A file of a checkpoint is missing, or differs from what was written."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A complete checkpoint, as its index tells of it."""
+    """Contents of a checkpoint's index."""
 
-    path: Path
+    path: Path  # of the checkpoint
     step: int  # optimizer steps done
-    about: dict[str, Any]  # of the run
+    about: dict[str, Any]  # backend, optimizer and model of the run
     workers: list[dict[str, Any]]  # "bytes" and "sha256" of each worker's file
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name) and path.is_dir())
-
-
-def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoint `path`, or those of that folder or run directory, oldest first.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [path] if (path / INDEX).exists() else list_checkpoints(path) or list_checkpoints(path / "checkpoint")
-    if not found:
-        raise ValueError(f'checkpoint = "{path}": there is no checkpoint, as log/RUN/checkpoint/step-000001000')
-    return found
+def list_checkpoints(path: Path) -> list[Path]:
+    """Checkpoints at a path, oldest first. The path is a checkpoint, a folder of them, or a run directory."""
+    name = "step-" + 9 * "[0-9]"
+    return [path] if (path / INDEX).exists() else sorted(path.glob(name)) or sorted(path.glob(f"checkpoint/{name}"))
 
 
 def read_index(path: Path) -> Saved:
-    """
+    """Read and check the index of the checkpoint `path`.
+
     Raises:
-        DamagedCheckpoint: it is missing or not what was written.
+        DamagedCheckpoint: it is missing or differs from what was written.
     """
     try:
         index = json.loads((path / INDEX).read_text())
         if index["format"] != FORMAT:
-            raise DamagedCheckpoint(f"{path / INDEX}: has format {index['format']}, this program reads {FORMAT}")
-        if index.pop("sha256") != _digest(index):
-            raise DamagedCheckpoint(f"{path / INDEX}: its SHA-256 is not that of what was written")
-        return Saved(path, index["step"], index["about"], index["workers"])
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{path / INDEX}: cannot be read: {error}") from None
+            reason = f"has format {index['format']}, this program reads {FORMAT}"
+        elif index.pop("sha256") != _digest(index):
+            reason = "its SHA-256 is not that of what was written"
+        else:
+            return Saved(path, index["step"], index["about"], index["workers"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"cannot be read: {error}"
+    raise DamagedCheckpoint(f"{path / INDEX}: {reason}")
 
 
 def read_worker(saved: Saved, rank: int) -> State:
-    """The state that worker `rank` saved, on the CPU. No code in the file is run.
+    """State that worker `rank` saved, on the CPU. No code in the file is run.
 
     Raises:
-        DamagedCheckpoint: the file is missing, of another size or content than was written, or holds other objects.
+        DamagedCheckpoint: the file is missing, differs from what was written, or holds other objects.
     """
-    path, expected = saved.path / _worker_file(rank), saved.workers[rank]
+    path = saved.path / WORKER.format(rank)
     try:
-        if (found := path.stat().st_size) != expected["bytes"]:
-            raise DamagedCheckpoint(f"{path}: has {found} bytes, {expected['bytes']} were written")
-        if _sha256(path) != expected["sha256"]:
-            raise DamagedCheckpoint(f"{path}: its SHA-256 is not that of what was written")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except DamagedCheckpoint:
-        raise
+        if _sha256(path) == saved.workers[rank]["sha256"]:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        reason = "its SHA-256 is not that of what was written"
     except pickle.UnpicklingError:  # torch's message tells how to load it all the same
-        raise DamagedCheckpoint(
-            f"{path}: holds more than tensors and numbers, which could run code: not loaded"
-        ) from None
-    except Exception as error:  # a file made to do harm fails in ways of its own
-        raise DamagedCheckpoint(f"{path}: cannot be read: {first_line(error)}") from None
+        reason = "holds more than tensors and numbers, which could run code: not loaded"
+    except Exception as error:  # a hostile file fails in ways of its own
+        reason = f"cannot be read: {first_line(error)}"
+    raise DamagedCheckpoint(f"{path}: {reason}")
 
 
 def read_mean(saved: Saved) -> State:
-    """The elementwise mean over the workers of all floating-point tensors; what else there is, of worker 0.
-
-    Raises:
-        DamagedCheckpoint: as read_worker.
-    """
-    n = len(saved.workers)
-    state = read_worker(saved, 0)
-    sums = [t.double() if t.is_floating_point() else t for t in tensors_of(state)]
+    """Mean over the workers of every floating-point tensor; all else is worker 0's. One worker is read at a time."""
+    n = 1 if saved.about["backend"] == "pytorchddp" else len(saved.workers)  # All-Reduce: only worker 0 saves a model
+    first = read_worker(saved, 0)
+    total = map_tensors(lambda t: t.double() if t.is_floating_point() else t, first)
     for rank in range(1, n):
-        for total, t in zip(sums, tensors_of(read_worker(saved, rank)), strict=True):
-            if total.is_floating_point():
-                total += t
-    means = iter(sums)
-    return map_tensors(state, lambda t: (next(means) / n).to(t.dtype) if t.is_floating_point() else next(means))
+        total = map_tensors(lambda x, t: x + t if t.is_floating_point() else x, total, read_worker(saved, rank))
+    return map_tensors(lambda x, t: (x / n).to(t.dtype) if t.is_floating_point() else x, total, first)
 
 
-def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of nested dicts, lists and tuples with function(t) for each tensor t, in their order."""
+def map_tensors(function: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
+    """Copy of nested dicts, lists and tuples, with function(t, t of the other trees) in place of each tensor t."""
     if isinstance(tree, Tensor):
-        return function(tree)
+        return function(tree, *others)
     if isinstance(tree, dict):
-        return {key: map_tensors(value, function) for key, value in tree.items()}
+        return {key: map_tensors(function, value, *(o[key] for o in others)) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(value, function) for value in tree)
+        return type(tree)(map_tensors(function, *values) for values in zip(tree, *others, strict=True))
     return tree
 
 
-def tensors_of(tree: Any) -> Iterator[Tensor]:
-    """All tensors, in the order of map_tensors."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict | list | tuple):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from tensors_of(value)
+@contextmanager
+def whole_file(path: Path) -> Generator[IO[bytes]]:
+    """Binary file that takes its name when the block ends, written and synced; an exception leaves nothing behind."""
+    hidden = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(hidden, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power failure could leave the name without the bytes
+        hidden.replace(path)
+    finally:
+        with suppress(OSError):
+            hidden.unlink(missing_ok=True)
 
 
 def write_worker(folder: Path, rank: int, state: State) -> dict[str, Any]:
-    """
+    """Write one worker's file and return its size and SHA-256.
+
     Raises:
         OSError, RuntimeError: the file cannot be written.
         ValueError: a parameter is not finite; an older checkpoint is of more use than this one.
@@ -139,68 +125,60 @@ def write_worker(folder: Path, rank: int, state: State) -> dict[str, Any]:
     if not all(torch.isfinite(t).all() for t in state.get("model", {}).values()):
         raise ValueError("a parameter is nan or infinite")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _worker_file(rank)
-    with synced(path) as file:
+    path = folder / WORKER.format(rank)
+    with whole_file(path) as file:
         torch.save(state, file)
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
-def require_files(folder: Path, workers: list[dict[str, Any]]) -> None:
-    """
+def publish(hidden: Path, step: int, about: dict[str, Any], workers: list[dict[str, Any]]) -> Path:
+    """Complete the checkpoint in `hidden` with its index and give it its name, which is returned.
+
     Raises:
-        OSError: this worker does not see what the others have written.
+        OSError: the file system fails, or this worker does not see what the others have written.
     """
     for rank, worker in enumerate(workers):
-        path = folder / _worker_file(rank)
-        if not path.exists() or path.stat().st_size != worker["bytes"]:
-            raise OSError(f"{path} is not there as rank {rank} wrote it: log_dir must be a folder that all nodes share")
+        part = hidden / WORKER.format(rank)
+        if not part.exists() or part.stat().st_size != worker["bytes"]:
+            raise OSError(f"{part} is not there as rank {rank} wrote it: log_dir must be a folder that all nodes share")
+    index: dict[str, Any] = {"format": FORMAT, "step": step, "about": about, "workers": workers}
+    with whole_file(hidden / INDEX) as file:
+        file.write(json.dumps({**index, "sha256": _digest(index)}, indent=1).encode())
+    _sync_names(hidden)
+    path = hidden.with_name(f"step-{step:09d}")
+    if path.exists():  # damaged, or the run would have started from it or a later one
+        remove(path)
+    hidden.rename(path)
+    _sync_names(path.parent)  # before older ones go
+    return path
 
 
-def _worker_file(rank: int) -> str:
-    return f"worker-{rank:05d}.pt"
+def remove(path: Path) -> None:
+    """Remove a checkpoint. It loses its name first, so that a folder with a name is complete at any time."""
+    hidden = path.with_name(f".old-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what interrupted saves and removals have left in a folder of checkpoints."""
+    for leftover in folder.glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_index(folder: Path, step: int, about: dict[str, Any], workers: list[dict[str, Any]]) -> None:
-    index: dict[str, Any] = {"format": FORMAT, "step": step, "about": about, "workers": workers}
-    with synced(folder / INDEX) as file:
-        file.write(json.dumps({**index, "sha256": _digest(index)}, indent=1).encode())
-    sync_names(folder)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(index: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
-@contextmanager
-def synced(path: Path) -> Generator[IO[bytes]]:
-    """A file to write, on the disk at the end: or a power failure could leave the name without the bytes."""
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_names(folder: Path) -> None:
-    """Waits until the disk holds the names in a folder, so that they outlive a power failure."""
+def _sync_names(folder: Path) -> None:
+    """Wait until the disk holds the names in a folder, so that they outlive a power failure."""
     fd = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # not every network file system can do this
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def remove(path: Path) -> None:
-    """Under its name a checkpoint is complete, also while it is removed."""
-    hidden = path.with_name(f".old-{path.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    path.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    with suppress(OSError):  # not every network file system can do this
+        os.fsync(fd)
+    os.close(fd)

@@ -20,7 +20,7 @@ from torch.profiler import record_function
 
 from decent.exchange import Exchange
 from decent.liveness import PeerError, first_line
-from decent.topology import build_topology
+from decent.topology import build_topology, default_topology
 from decent.world import World
 
 ALIGNMENT_BYTES = 128  # of each parameter in the flat buffer, as kernels with vector loads want it
@@ -46,7 +46,7 @@ class DecentDP(nn.Module):
     def __init__(
         self,
         module: nn.Module,
-        topology: str = "alternating-exp-ring",
+        topology: str | None = None,
         local_world_size: int | None = None,
         comm_dtype: torch.dtype | None = None,
         gossip_every: int = 1,
@@ -57,6 +57,7 @@ class DecentDP(nn.Module):
             raise ValueError(f"gossip_every = {gossip_every} must be at least 1")
         local_world_size = local_world_size or World.from_env().local_world_size
         self.module = module
+        topology = topology or default_topology(dist.get_world_size(), local_world_size)
         self.topology = build_topology(topology, dist.get_world_size(), local_world_size)
         self.gossip_every = gossip_every  # k
         self.step = 0  # calls of exchange() so far

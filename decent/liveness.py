@@ -1,6 +1,6 @@
-"""Who is left when a collective has failed: in the store every worker says that it is there, or why it ended.
+"""The missing ranks after a failed collective: in a store every rank says that it is there, or why it ended.
 
-The connections of a process group are of no use when one of them has failed. The store may be gone too, with rank 0.
+The connections of a process group are of no use once one of them has failed. The store may be gone too, with rank 0.
 """
 
 import re
@@ -14,40 +14,41 @@ HERE = "here"
 
 
 class PeerError(RuntimeError):
-    """Another worker did not do its part: it died, or it did not answer in time; the message is one line."""
+    """Another worker died or did not answer in time; the message is one line."""
+
+    exit_code = 1
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for a message of one line: backends add where they found it, traces and advice."""
+    """Return what an error says in one line: backends add where they found it, traces and advice."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[\S+\.cc:\d+\] ", "", line).partition(". This is typically ")[0]
 
 
 class Liveness:
-    """The roll of one worker. store: that of all workers."""
+    """Turns the errors of failed collectives into one that names the missing ranks. All ranks share the store."""
 
-    TIMEOUT_S: float = 5  # for workers that fail a little later, each with an error of its own
+    TIMEOUT_S: float = 5  # for ranks that fail a little later, each with an error of its own
 
     def __init__(self, rank: int, world_size: int, store: dist.Store) -> None:
-        self.step = 0  # done, of the whole run
+        self.step = 0  # steps done, 0 before the first one of this process
         self._rank, self._world_size, self._store = rank, world_size, store
 
     @contextmanager
     def report_own_error(self) -> Generator[None]:
-        """When the block fails, the roll call is answered before what is around it is closed, which may take long."""
+        """Tell the other ranks of an error of the block, before anything around the block is closed."""
         try:
             yield
         except Exception as error:
-            with suppress(RuntimeError):  # there is nobody to write it down
+            with suppress(RuntimeError):  # the store is gone
                 self._store.set(_key(self._rank), HERE if _is_of_a_peer(error) else first_line(error))
             raise
 
     @contextmanager
     def blame_missing_ranks(self) -> Generator[None]:
-        """Turns what the backend says of a failed collective into a PeerError that names the ranks which are missing,
-        or says why they ended.
+        """Turn the error of a failed collective into a PeerError that names the missing ranks, or says why they ended.
 
-        All workers that are left come here, each with an error of its own.
+        All remaining ranks come here, each with an error of its own.
         """
         try:
             with self.report_own_error():
@@ -59,13 +60,13 @@ class Liveness:
             if ended := self._ended():
                 raise PeerError(f"{when}: {ended}") from error
             missing, reason = self._missing(), first_line(error)
-            if isinstance(error, PeerError):  # names a neighbour, which may have waited for another one in its turn
+            if isinstance(error, PeerError):  # names a neighbour, which may itself have waited for another rank
                 raise PeerError(f"{reason}; no answer from {missing}" if missing else reason) from error
             found = f"waited in vain for {missing}" if missing else "all are there, but a call failed"
             raise PeerError(f"{when}: {found}: {reason}") from error
 
     def _ended(self) -> str:
-        """The workers that ended for a reason of their own, and why; "": nobody that is known of."""
+        """Return which ranks ended for a reason of their own, and why; "" if none is known."""
         answers: dict[int, str] = {}
         with suppress(RuntimeError):
             for rank in range(self._world_size):
@@ -74,7 +75,7 @@ class Liveness:
         return "; ".join(f"rank {rank} ended: {answer}" for rank, answer in answers.items() if answer != HERE)
 
     def _missing(self) -> str:
-        """Who does not answer within TIMEOUT_S: "rank 3" or "ranks 3, 5"; "": nobody."""
+        """Return the ranks that do not answer within TIMEOUT_S, as "rank 3" or "ranks 3, 5"; "" if all answer."""
         deadline_s = time.monotonic() + self.TIMEOUT_S
         missing = list(range(self._world_size))
         try:
@@ -88,7 +89,7 @@ class Liveness:
 
 
 def _key(rank: int) -> str:
-    return f"roll_call/{rank}"
+    return f"liveness/{rank}"
 
 
 def _is_of_a_peer(error: Exception) -> bool:

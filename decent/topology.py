@@ -58,6 +58,11 @@ def build_topology(name: str, world_size: int, local_world_size: int) -> Topolog
     return Topology(name, world_size, local_world_size, tuple(_ROUNDS[name](world_size, local_world_size)))
 
 
+def default_topology(world_size: int, local_world_size: int) -> str:
+    """Name of the topology for a run that names none: alternating-exp-ring on an even number of nodes, else exp."""
+    return "exp" if world_size // local_world_size % 2 else "alternating-exp-ring"
+
+
 def _complete(n: int, _: int) -> list[Round]:
     return [_groups(n, [tuple(range(n))])]
 

@@ -221,21 +221,24 @@ def bench_checkpoint(args: argparse.Namespace) -> list[Result]:
 
         step()
         checkpoints = Checkpoints(Path(folder), world, model, {"optimizer": optimizer}, Config())
-        state = [*gpt.parameters(), *(t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))]
-        steps_saved = iter(range(10**9))
-        arms: Arms = {
-            "copy of the state": lambda: [t.detach().to("cpu", copy=True) for t in state],
-            "save": lambda: checkpoints.save(next(steps_saved)),
-            "step while it is written": step,
-            "step": step,
-        }
-        waiting = iter(range(10**9))  # before the first arm and the last the files must be there
-        times_s = alternate(
-            arms, args.rounds, before=lambda: checkpoints.wait() if next(waiting) % 4 in (0, 3) else None
-        )
-        checkpoints.close()
-        print(f"state: {sum(t.nbytes for t in state) / 1e6:.0f} MB")
-        return compare(times_s, base="step")
+        with checkpoints.running():
+            state = [
+                *gpt.parameters(),
+                *(t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)),
+            ]
+            steps_saved = iter(range(10**9))
+            arms: Arms = {
+                "copy of the state": lambda: [t.detach().to("cpu", copy=True) for t in state],
+                "save": lambda: checkpoints.save(next(steps_saved)),
+                "step while it is written": step,
+                "step": step,
+            }
+            waiting = iter(range(10**9))  # before the first arm and the last the files must be there
+            times_s = alternate(
+                arms, args.rounds, before=lambda: checkpoints.wait() if next(waiting) % 4 in (0, 3) else None
+            )
+            print(f"state: {sum(t.nbytes for t in state) / 1e6:.0f} MB")
+            return compare(times_s, base="step")
 
 
 def build_gpt(args: argparse.Namespace) -> "nn.Module":

@@ -244,7 +244,7 @@ def measure_block(contender: Contender, settings: dict[str, Any], world: World, 
         contender.exchange_alone()
         exchange_ms = 1e3 * (time.perf_counter() - start) / cycle
     own = {"ms": ms, "phases_ms": phases_ms, "cpu_ms": cpu_ms, "exchange_ms": exchange_ms, "sent_bytes": sent}
-    workers = world.gather(own)
+    workers = world.all_gather(own)
     block: dict[str, Any] = {"steps": n_steps, **{key: [worker[key] for worker in workers] for key in own}}
     block["sent_bytes"] = block["sent_bytes"][:: world.local_world_size]  # a node's workers read the same counter
     if exchange_ms is None:

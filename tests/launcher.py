@@ -1,7 +1,7 @@
 """Starts train.py for the tests, in folders of their own beside one small corpus.
 
-Most runs fork from a server that has imported torch and wandb once (0.3 s instead of 3 s each); a run that starts as
-`python train.py` and those under torchrun must give the same.
+Most runs fork from a server that has imported torch and wandb once (0.3 s instead of 3 s each). A run that starts as
+`python train.py`, or under torchrun, must give the same.
 """
 
 import json
@@ -56,7 +56,7 @@ import atexit, json, os, runpy, signal, sys, time, traceback
 code = 0
 
 @atexit.register
-def leave():  # the last to be called, for it was the first to be registered
+def leave():  # called last, since it was registered first
     sys.stderr.flush()
     os._exit(code)  # tearing down all that was imported takes five times as long as a run
 
@@ -76,7 +76,7 @@ for line in sys.stdin:
         for fd, path in enumerate([os.devnull, output + ".out", output + ".err"]):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
         sys.argv = argv
-        sys.path.insert(0, os.path.dirname(argv[0]))
+        sys.path.insert(0, os.path.dirname(os.path.realpath(argv[0])))
         try:
             exec(first)
             runpy.run_path(argv[0], run_name="__main__")
@@ -101,7 +101,7 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Run:
-    """What n workers left: exit codes (-9: killed, since they hung) and stderr by rank, and the log_dir."""
+    """Exit codes (-9 means killed, because it hung) and stderr of n workers by rank, and their log_dir."""
 
     codes: list[int]
     errors: list[str]
@@ -109,7 +109,7 @@ class Run:
 
     @property
     def dir(self) -> Path:
-        (folder,) = self.log_dir.iterdir()
+        [folder] = self.log_dir.iterdir()
         return folder
 
     @property
@@ -131,6 +131,7 @@ class Launcher:
     def __init__(self, folder: Path, server: "subprocess.Popen[str]") -> None:
         self.folder, self.server = folder, server
         self.n_runs = 0
+        self.undisturbed: dict[tuple[object, ...], Run] = {}
         self.config = folder / "small.toml"
         self.config.write_text(CONFIG)
         self.corpus = folder / "sotu"
@@ -141,16 +142,19 @@ class Launcher:
             ids.astype("<u2").tofile(self.corpus / f"{split}.bin")
 
     def place(self) -> Path:
+        """Make the working directory of a run."""
         self.n_runs += 1
         place = self.folder / str(self.n_runs)
         place.mkdir()
         return place
 
-    def arguments(self, config: Path | None, overrides: tuple[str, ...]) -> list[str]:
-        return [str(ROOT / "train.py"), str(config or self.config), f"data_dir={self.corpus}", *overrides]
+    def arguments(
+        self, config: Path | None, overrides: tuple[str, ...], train_py: Path = ROOT / "train.py"
+    ) -> list[str]:
+        return [str(train_py), str(config or self.config), f"data_dir={self.corpus}", *overrides]
 
     def environment(self, place: Path, env: dict[str, str] | None) -> dict[str, str]:
-        """Ours, without what a cluster, a torchrun or a login around these tests would add."""
+        """Return our environment without the variables of a cluster, a torchrun or a login around these tests."""
         foreign = re.compile(r"WANDB|SLURM|TORCHELASTIC|MASTER_|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)")
         ours = {key: value for key, value in os.environ.items() if not foreign.match(key)}
         return {**ours, "HOME": str(place), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
@@ -164,9 +168,10 @@ class Launcher:
         env: dict[str, str] | None = None,
         last_rank: tuple[str, ...] = (),
         first: str = "",
+        train_py: Path = ROOT / "train.py",
         timeout_s: float = 60,
     ) -> Run:
-        """n workers; last_rank: overrides of that one alone; first: Python that each runs before train.py."""
+        """Run n workers. last_rank: more overrides, of the last rank; first: Python that each runs before train.py."""
         place = self.place()
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun does
         workers = []
@@ -177,7 +182,7 @@ class Launcher:
                 variables |= {"LOCAL_WORLD_SIZE": str(n // nodes), "MASTER_ADDR": "127.0.0.1"}
                 variables |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
                 variables |= {"TORCHELASTIC_RESTART_COUNT": "0"}
-            argv = self.arguments(config, overrides + (last_rank if rank == n - 1 else ()))
+            argv = self.arguments(config, overrides + (last_rank if rank == n - 1 else ()), train_py)
             workers.append([argv, variables, str(place), str(place / f"rank{rank}"), first])
         assert self.server.stdin is not None
         assert self.server.stdout is not None
@@ -187,10 +192,19 @@ class Launcher:
         codes = json.loads(self.server.stdout.readline())
         return Run(codes, [(place / f"rank{rank}.err").read_text() for rank in range(n)], place / "log")
 
+    def compare_with(self, *overrides: str, n: int = 1, nodes: int = 1) -> Run:
+        """Return a successful run that only those read who compare with it: the same one for the same arguments."""
+        key = (*overrides, n, nodes)
+        if key not in self.undisturbed:
+            self.undisturbed[key] = self.run(*overrides, n=n, nodes=nodes)
+        run = self.undisturbed[key]
+        assert run.codes == [0] * n, run.errors
+        return run
+
     def start(
         self, *overrides: str, n: int | None = None, config: Path | None = None, env: dict[str, str] | None = None
     ) -> "tuple[subprocess.Popen[str], Path]":
-        """A run in processes of its own, with its log_dir: under torchrun if n is given, else `python train.py`."""
+        """Start a run in fresh processes: under torchrun if n is given, else `python train.py`. Returns its log_dir."""
         place = self.place()
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n else []
         command = [sys.executable, *launcher, *self.arguments(config, overrides)]
@@ -201,7 +215,7 @@ class Launcher:
         return process, place / "log"
 
 
-def finish(process: "subprocess.Popen[str]", log_dir: Path, timeout_s: float = 60) -> Run:
+def finish(process: "subprocess.Popen[str]", log_dir: Path, timeout_s: float = 100) -> Run:
     with process:
         try:
             _, errors = process.communicate(timeout=timeout_s)
@@ -212,7 +226,7 @@ def finish(process: "subprocess.Popen[str]", log_dir: Path, timeout_s: float = 6
 
 
 def free_port() -> int:
-    """One that no connection of another program gets by chance: below those that the system gives out."""
+    """Return a free port below those that the system gives out, so that no other connection gets it by chance."""
     for port in range(21_000 + os.getpid() % 5000, 32_768):
         with socket.socket() as free:
             try:
@@ -224,10 +238,11 @@ def free_port() -> int:
 
 
 def timeless(run: Run) -> list[dict[str, Any]]:
+    """Return the metrics that do not depend on the clock, of a run that succeeded."""
     assert run.codes == [0] * len(run.codes), run.errors
     return without_times(run)
 
 
 def without_times(run: Run) -> list[dict[str, Any]]:
-    """The metrics that do not depend on the clock, also of a run that failed."""
+    """Return the metrics that do not depend on the clock, also of a run that failed."""
     return [{key: value for key, value in m.items() if key not in TIMES} for m in run.metrics]

@@ -1,22 +1,18 @@
-"""Who may import what, read from the source. Imports point one way: train.py to config, model, optim, decent, data."""
+"""Import rules, read from the source. Imports point one way: train.py to config, model, optim, decent, data."""
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
-DISTRIBUTED = {
-    f"decent/{name}.py" for name in ("world", "liveness", "exchange", "decent_dp", "allreduce_dp", "checkpoint")
-}
-BENCHMARKS = {"scripts/bench.py", "scripts/netlab_worker.py"}  # time the bare collectives and other wrappers
-
-PROJECT = {"config", "data", "decent", "evaluation", "model", "optim", "report", "train"}
+PROJECT = {"config", "data", "decent", "model", "optim", "train"}
+DISTRIBUTED = {"world", "liveness", "stop", "exchange", "decent_dp", "allreduce_dp", "checkpoint"}  # modules of decent/
+INSTRUMENTS = ("scripts/bench", "scripts/lab/", "scripts/netlab")  # they time bare collectives and other wrappers
 
 
 def sources(*patterns: str) -> list[str]:
-    """Paths from the root of the Python files that match, e.g. "decent/topology.py"."""
+    """Return the paths of matching Python files from the root, e.g. "decent/topology.py"."""
     found = sorted({path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)})
     assert found
     return found
@@ -25,20 +21,17 @@ def sources(*patterns: str) -> list[str]:
 MODULES = sources("*.py", "data/**/*.py", "decent/**/*.py", "optim/**/*.py", "scripts/**/*.py")
 
 
+@cache
 def read(path: str) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"))
 
 
 def nodes_of(tree: ast.AST, *, typing_too: bool) -> Iterator[ast.AST]:
-    """All nodes, those of functions as well; without typing_too, not what stands under `if TYPE_CHECKING:`."""
+    """Yield all nodes, also inside functions; without typing_too, not those under `if TYPE_CHECKING:`."""
     yield tree
     for field, child in ast.iter_fields(tree):
-        if (
-            isinstance(tree, ast.If)
-            and field == "body"
-            and not typing_too
-            and "TYPE_CHECKING" in ast.unparse(tree.test)
-        ):
+        for_typing = isinstance(tree, ast.If) and field == "body" and "TYPE_CHECKING" in ast.unparse(tree.test)
+        if for_typing and not typing_too:
             continue
         for node in child if isinstance(child, list) else [child]:
             if isinstance(node, ast.AST):
@@ -46,7 +39,7 @@ def nodes_of(tree: ast.AST, *, typing_too: bool) -> Iterator[ast.AST]:
 
 
 def imports(tree: ast.AST, *, typing_too: bool = True) -> set[str]:
-    """Dotted names of what is imported: "torch", "torch.distributed", "os.environ", "decent.exchange.Exchange"."""
+    """Return the dotted names of all imports: "torch", "torch.distributed", "decent.exchange.Exchange"."""
     found: set[str] = set()
     for node in nodes_of(tree, typing_too=typing_too):
         if isinstance(node, ast.Import):
@@ -61,13 +54,17 @@ def packages(tree: ast.AST, *, typing_too: bool = True) -> set[str]:
     return {name.split(".")[0] for name in imports(tree, typing_too=typing_too)}
 
 
+@cache
+def dotted_names(tree: ast.AST) -> set[str]:
+    return imports(tree) | {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
 def mentions(tree: ast.AST, name: str) -> bool:
-    """Whether a dotted name is imported, or written as an attribute, also of an alias: dist and os do not hide it."""
-    dotted = imports(tree) | {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return any(f"{other}.".startswith(f"{name}.") for other in dotted)
+    """Return whether a dotted name is imported, or written as an attribute, whatever alias hides it."""
+    return any(f"{other}.".startswith(f"{name}.") for other in dotted_names(tree))
 
 
-def test_the_reader_sees_every_way_to_import() -> None:
+def test_reader_sees_every_way_to_import() -> None:
     source = """
 import torch.distributed as dist
 from torch import distributed
@@ -91,62 +88,62 @@ def f():
     assert not mentions(ast.parse("from torch import nn; torch.distributions"), "torch.distributed")
 
 
-@pytest.mark.parametrize("path", MODULES)
-def test_torch_distributed_is_used_in_the_modules_made_for_it_only(path: str) -> None:
-    assert path in DISTRIBUTED | BENCHMARKS or not mentions(read(path), "torch.distributed")
+def test_top_level_has_three_modules() -> None:
+    assert sources("*.py") == ["config.py", "model.py", "train.py"]
+    assert not (ROOT / "config" / "__init__.py").exists(), "it would shadow config.py"
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if not path.startswith("scripts/")])
-def test_only_world_reads_the_environment(path: str) -> None:
-    tree = read(path)
-    reads = [name for name in ("os.environ", "os.environb", "os.getenv", "os.putenv") if mentions(tree, name)]
-    assert path == "decent/world.py" or not reads
+def test_only_decent_uses_torch_distributed() -> None:
+    allowed = {f"decent/{name}.py" for name in DISTRIBUTED}
+    others = [path for path in MODULES if path not in allowed and not path.startswith(INSTRUMENTS)]
+    assert [path for path in others if mentions(read(path), "torch.distributed")] == []
 
 
-@pytest.mark.parametrize("path", sources("decent/**/*.py", "optim/**/*.py"))
-def test_decent_and_optim_know_no_model_and_no_data_and_of_config_only_types(path: str) -> None:
-    tree = read(path)
-    assert packages(tree) & PROJECT <= {path.split("/")[0], "config"}
-    assert "config" not in packages(tree, typing_too=False)
+def test_only_world_reads_the_environment() -> None:
+    names = ("os.environ", "os.environb", "os.getenv", "os.putenv")
+    others = [path for path in MODULES if path != "decent/world.py" and not path.startswith("scripts/")]
+    assert [path for path in others if any(mentions(read(path), name) for name in names)] == []
 
 
-def test_decent_and_optim_do_not_know_each_other() -> None:
-    assert not any("optim" in packages(read(path)) for path in sources("decent/**/*.py"))
-    assert not any("decent" in packages(read(path)) for path in sources("optim/**/*.py"))
+def test_decent_and_optim_know_only_types_of_config() -> None:
+    for package in ("decent", "optim"):
+        for path in sources(f"{package}/**/*.py"):
+            assert packages(read(path)) & PROJECT <= {package, "config"}, path
+            assert "config" not in packages(read(path), typing_too=False), path
 
 
-def test_model_imports_nothing_of_the_project_but_the_type_of_its_configuration() -> None:
+def test_model_knows_only_the_type_of_its_configuration() -> None:
     assert packages(read("model.py")) & PROJECT <= {"config"}
     assert packages(read("model.py"), typing_too=False) & PROJECT == set()
 
 
-@pytest.mark.parametrize("path", sources("data/**/*.py"))
-def test_data_imports_only_itself_of_the_project(path: str) -> None:
-    assert packages(read(path)) & PROJECT <= {"data"}
+def test_data_knows_only_itself() -> None:
+    assert [path for path in sources("data/**/*.py") if not packages(read(path)) & PROJECT <= {"data"}] == []
 
 
 def test_config_imports_nothing_of_the_project_and_no_torch() -> None:
     assert packages(read("config.py")) & (PROJECT | {"torch"}) == set()
 
 
-@pytest.mark.parametrize("path", ["decent/topology.py", "data/token_file.py"])
-def test_what_is_pure_imports_no_torch(path: str) -> None:
-    assert "torch" not in packages(read(path))
+def test_pure_modules_import_no_torch() -> None:
+    pure = sources("decent/topology.py", "data/token_file.py", "data/corpus.py")
+    assert [path for path in pure if "torch" in packages(read(path))] == []
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path != "train.py"])
-def test_nothing_imports_the_entry_point(path: str) -> None:
-    assert "train" not in packages(read(path))
+def test_wandb_is_imported_only_where_it_is_used() -> None:
+    """Its import takes a second, which runs that do not report there need not wait."""
+    at_start = [statement for path in MODULES for statement in read(path).body]
+    assert not any("wandb" in packages(s) for s in at_start if isinstance(s, ast.Import | ast.ImportFrom))
 
 
-def test_the_folder_of_configurations_does_not_shadow_the_module() -> None:
-    assert not (ROOT / "config" / "__init__.py").exists()
+def test_nothing_imports_the_entry_point() -> None:
+    assert [path for path in MODULES if path != "train.py" and "train" in packages(read(path))] == []
 
 
-@pytest.mark.parametrize("path", [*MODULES, *sources("tests/**/*.py")])
-def test_torch_load_runs_no_code_of_the_file(path: str) -> None:
-    tree = read(path)
-    assert "torch.load" not in imports(tree), "write torch.load, so that this test sees it"
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
-    safe = {"weights_only": "True"}
-    assert all(safe.items() <= {k.arg: ast.unparse(k.value) for k in call.keywords}.items() for call in calls)
+def test_torch_load_runs_no_code_of_the_file() -> None:
+    for path in [*MODULES, *sources("tests/**/*.py")]:
+        assert "torch.load" not in imports(read(path)), "write torch.load, so that this test sees it"
+        calls = [node for node in ast.walk(read(path)) if isinstance(node, ast.Call)]
+        for call in calls:
+            if isinstance(call.func, ast.Attribute) and ast.unparse(call.func) == "torch.load":
+                assert {k.arg: ast.unparse(k.value) for k in call.keywords}.get("weights_only") == "True", path

@@ -1,4 +1,4 @@
-"""What workers agree on. On GPUs the device is only a name here: nothing of a StopRequest is computed on it."""
+"""Agreement of workers on a request to stop. A GPU is only a name here: nothing of a StopRequest is computed on it."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def ask_one_and_count_steps(device: str, asked: int) -> list[bool]:
     for step in range(1, 31):
         if rank == 1 and step == asked:
             os.kill(os.getpid(), signal.SIGUSR1)
-        answers.append(stop.agreed(step, before_a_wait=step % 10 == 0))
+        answers.append(stop.agreed(step, host_blocks=step % 10 == 0))
         if answers[-1]:
             break
     return answers
@@ -38,7 +38,7 @@ def test_workers_stop_after_the_same_step(device: str, lag: int) -> None:
     assert first == second == [False] * (11 + lag) + [True]
 
 
-def test_a_request_in_a_step_before_a_wait_for_the_gpu_is_known_in_it() -> None:
+def test_a_request_in_a_step_host_blocks_for_the_gpu_is_known_in_it() -> None:
     first, second = run_workers(2, ask_one_and_count_steps, "cuda", 20)
     assert first == second == [False] * 19 + [True]
 
@@ -47,11 +47,11 @@ def run_ahead_of_rank_1(device: str, lag: int) -> bool:
     """Rank 1 takes part in its next step only when rank 0 is through with `lag` more."""
     rank = dist.get_rank()
     stop, _, store = requests_of(rank, device)
-    stop.agreed(1, before_a_wait=False)
+    stop.agreed(1, host_blocks=False)
     for step in range(2, lag + 2):
         if rank == 1 and step == 2:
             store.wait(["rank 0 is ahead"])
-        stop.agreed(step, before_a_wait=False)
+        stop.agreed(step, host_blocks=False)
     if rank == 0:
         store.set("rank 0 is ahead", "")
     return True
@@ -68,11 +68,11 @@ def wait_for_the_gpu_without_rank_1() -> str:
     Liveness.TIMEOUT_S = 1
     try:
         with liveness.blame_missing_ranks():
-            stop.agreed(1, before_a_wait=False)
+            stop.agreed(1, host_blocks=False)
             if rank == 1:
                 store.wait(["rank 0 has noticed"])
                 return ""
-            stop.agreed(2, before_a_wait=True)
+            stop.agreed(2, host_blocks=True)
     except PeerError as error:
         store.set("rank 0 has noticed", "")
         return str(error)
@@ -80,6 +80,6 @@ def wait_for_the_gpu_without_rank_1() -> str:
 
 
 @pytest.mark.fault
-def test_before_a_wait_for_the_gpu_a_hanging_worker_is_named() -> None:
+def test_host_blocks_for_the_gpu_a_hanging_worker_is_named() -> None:
     said, _ = run_workers(2, wait_for_the_gpu_without_rank_1)
     assert said.startswith("after step 2: waited in vain for rank 1: ")
