@@ -35,10 +35,10 @@ class DecentDP(nn.Module):
     `mix` and `exchange` are collectives: every worker calls both once in every step, in this order, also when it skips
     the update. The module's parameters must stay the tensors that they are at construction.
 
-    topology: None means `default_topology`. comm_dtype: pairs of workers, or of nodes, send parameters in it; rounding
-    does not change the mean over the workers. gossip_every = k > 1 exchanges a snapshot s of every k-th step, hidden
-    behind k steps of local training: x_i <- x_i + sum_j W[i, j] s_j - s_i. It costs one more copy of the parameters.
-    timeout_s limits how long mix waits for another worker; None means PyTorch's default.
+    topology = None means `default_topology`. Pairs of workers or of nodes send parameters rounded to comm_dtype, which
+    keeps the mean over the workers. gossip_every = k > 1 exchanges a snapshot s of every k-th step, hidden behind k
+    steps of local training: x_i <- x_i + sum_j W[i, j] s_j - s_i. It costs one more copy of the parameters. timeout_s
+    limits how long mix waits for another worker; None means PyTorch's default.
 
     Raises:
         ValueError: there is no such topology, it does not fit the world, or it cannot be rounded to comm_dtype.
@@ -164,7 +164,7 @@ class DecentDP(nn.Module):
         try:
             yield
         except RuntimeError as error:
-            ranks = ", ".join(str(rank) for rank in peers if rank != dist.get_rank())
+            ranks = ", ".join(str(peer) for peer in peers if peer != dist.get_rank())
             raise PeerError(f"step {self.step}: no answer from rank {ranks}: {first_line(error)}") from error
 
     def _require_own_parameters(self) -> None:

@@ -1,8 +1,8 @@
 """One averaging of flat buffers with the neighbours, in the background of the computation.
 
-An exchange is written as ordinary blocking calls, which gloo's run in a thread and NCCL's are queued on a CUDA stream.
-Pieces are handed over as they arrive: after the last byte only one is left to copy. This file alone decides how a round
-travels:
+An exchange is written as ordinary blocking calls; a thread runs them under gloo, a CUDA stream of its own under NCCL.
+Pieces are handed over as they arrive, so that after the last byte only one is left to copy. Ways in which a round can
+travel, which are chosen here alone:
 
 * Pairs and shifts send and receive chunks, several at a time, which fills a link in both directions. (One large send
   and receive alternate. A process group of two would cost threads under gloo and half a gigabyte under NCCL.)
@@ -26,7 +26,7 @@ from torch.profiler import record_function
 from decent.topology import Topology
 from decent.world import group_timeout
 
-CHUNK_BYTES = {"gloo": 2**20, "nccl": 2**23}  # size of one message between two workers, before rounding to comm_dtype
+CHUNK_BYTES = {"gloo": 2**20, "nccl": 2**26}  # size of a message before rounding; NCCL launches a kernel for each
 CHUNKS_UNDER_WAY = 8
 SEGMENTS = 8  # parts of a buffer that two nodes average one after the other
 
@@ -39,7 +39,7 @@ class Route:
     """How one worker averages in one round."""
 
     kind: Literal["stay", "pair", "two_nodes", "group"]
-    group: tuple[int, ...]  # ranks that are averaged, sorted
+    ranks: tuple[int, ...]  # ranks that take part, sorted
     send_to: int | None = None  # pair: the rank that needs our parameters; two_nodes: our counterpart
     receive_from: int | None = None  # pair: the rank whose parameters we need; differs from send_to in directed rounds
     node: tuple[int, ...] = ()  # two_nodes: the workers of this node
@@ -55,7 +55,7 @@ def plan_route(topology: Topology, step: int, rank: int) -> Route:
         target = source
         if topology.group(step, source) != group:  # a directed round
             (target,) = {i for i in range(topology.world_size) if rank in topology.group(step, i)} - {rank}
-        return Route("pair", group, send_to=target, receive_from=source)
+        return Route("pair", tuple(sorted({*group, target})), send_to=target, receive_from=source)
     if len(group) == 2 * local and len({i // local for i in group}) == 2:
         node = tuple(i for i in group if i // local == rank // local)
         (counterpart,) = {i for i in group if i % local == rank % local} - {rank}
@@ -66,7 +66,7 @@ def plan_route(topology: Topology, step: int, rank: int) -> Route:
 def plan_groups(topology: Topology) -> list[tuple[int, ...]]:
     """Return the process groups that all ranks must create, in this order. Pure."""
     routes = [plan_route(topology, step, i) for step in range(topology.period) for i in range(topology.world_size)]
-    return sorted({r.node for r in routes if r.kind == "two_nodes"} | {r.group for r in routes if r.kind == "group"})
+    return sorted({r.node for r in routes if r.kind == "two_nodes"} | {r.ranks for r in routes if r.kind == "group"})
 
 
 class Exchange:
@@ -75,9 +75,6 @@ class Exchange:
     A buffer is 1-D and divisible by the local world size. If pairs send Q(x), rounded to comm_dtype, the average is
     x_i + (Q(x_j) - Q(x_i)) / 2, so that rounding moves no mean. Without snapshot nothing may write to the buffers
     between `start` and `wait` or `finish_`. timeout_s limits the wait for a peer; None means PyTorch's default.
-
-    Raises:
-        ValueError: a round of `topology` cannot be rounded to comm_dtype.
     """
 
     def __init__(
@@ -92,8 +89,7 @@ class Exchange:
         if comm_dtype is not None and topology.name == "complete":
             # Rounding inside an all-reduce would move the mean in every step, by as much as an update does.
             raise ValueError(f'topology "complete" cannot send {comm_dtype}: use "exp", "ring" or float32')
-        self._rank = dist.get_rank()
-        self._routes = [plan_route(topology, step, self._rank) for step in range(topology.period)]
+        self._routes = [plan_route(topology, step, dist.get_rank()) for step in range(topology.period)]
         self._comm_dtype = comm_dtype
         self._chunk_bytes = CHUNK_BYTES[dist.get_backend()]
         self._buffers = buffers
@@ -124,9 +120,8 @@ class Exchange:
 
     @property
     def peers(self) -> tuple[int, ...]:
-        """Ranks that the exchange in flight waits for, sorted."""
-        ranks = {*self._route.group, self._route.send_to} if self._route else set()
-        return tuple(sorted(rank for rank in ranks if rank not in (None, self._rank)))
+        """Ranks that take part in the exchange in flight, this rank included, sorted."""
+        return () if self._route is None else self._route.ranks
 
     def wait(self) -> None:
         """Wait until the averages are there and the buffers are free again. Raises what the exchange raised."""
@@ -156,13 +151,18 @@ class Exchange:
     def _pair(self, x: Tensor, average: Tensor, route: Route) -> Iterator[slice]:
         """Set average <- (x + theirs) / 2, or x + (Q(theirs) - Q(x)) / 2 if rounded. May be in place."""
         size = self._chunk_bytes // x.element_size()
+        to_start = deque(slice(begin, begin + size) for begin in range(0, x.numel(), size))
         under_way: deque[Chunk] = deque()
-        for begin in range(0, x.numel(), size):
-            under_way.append(self._send_and_receive(slice(begin, begin + size), x, average, route))
-            if len(under_way) == CHUNKS_UNDER_WAY:
-                yield self._average_chunk(x, average, under_way.popleft())
-        while under_way:
-            yield self._average_chunk(x, average, under_way.popleft())
+        while to_start or under_way:
+            while to_start and len(under_way) < CHUNKS_UNDER_WAY:
+                under_way.append(self._send_and_receive(to_start.popleft(), x, average, route))
+            place, ours, theirs, works = under_way.popleft()
+            _wait(works)
+            if self._comm_dtype is None:
+                torch.add(ours, theirs, out=average[place]).mul_(0.5)  # symmetric: both of a pair get the same bits
+            else:
+                torch.add(x[place], theirs.to(x.dtype).sub_(ours), alpha=0.5, out=average[place])
+            yield place
 
     def _send_and_receive(self, place: slice, x: Tensor, average: Tensor, route: Route) -> Chunk:
         ours = x[place] if self._comm_dtype is None else x[place].to(self._comm_dtype)
@@ -173,19 +173,10 @@ class Exchange:
         send = dist.P2POp(dist.isend, ours, route.send_to, self._everyone)
         return place, ours, theirs, dist.batch_isend_irecv([receive, send])
 
-    def _average_chunk(self, x: Tensor, average: Tensor, chunk: Chunk) -> slice:
-        place, ours, theirs, works = chunk
-        _wait(works)
-        if self._comm_dtype is None:
-            torch.add(ours, theirs, out=average[place]).mul_(0.5)  # symmetric: both of a pair get the same bits
-        else:
-            torch.add(x[place], theirs.to(x.dtype).sub_(ours), alpha=0.5, out=average[place])
-        return place
-
     def _two_nodes(self, x: Tensor, average: Tensor, route: Route) -> Iterator[slice]:
         """Average segment by segment, so that traffic inside the nodes overlaps with traffic between them."""
         node = self._groups[route.node]
-        n_local, local_rank = len(route.node), route.node.index(self._rank)
+        n_local, local_rank = len(route.node), route.node.index(dist.get_rank())
         average.copy_(x)
         size = -(-x.numel() // (SEGMENTS * n_local)) * n_local
         segments = [s.view(n_local, -1) for s in average.split(size)]
@@ -205,8 +196,8 @@ class Exchange:
             yield slice(i * size, (i + 1) * size)
 
     def _group(self, x: Tensor, average: Tensor, route: Route) -> Iterator[slice]:
-        torch.mul(x, 1 / len(route.group), out=average)
-        dist.all_reduce(average, group=self._groups[route.group])
+        torch.mul(x, 1 / len(route.ranks), out=average)
+        dist.all_reduce(average, group=self._groups[route.ranks])
         yield slice(None)
 
 

@@ -45,11 +45,6 @@ class Topology:
         return w
 
 
-def default_topology(world_size: int, local_world_size: int) -> str:
-    """Return the name of the topology for a run that names none."""
-    return "alternating-exp-ring" if world_size // local_world_size % 2 == 0 else "exp"
-
-
 def build_topology(name: str, world_size: int, local_world_size: int) -> Topology:
     """Return the topology `name` on world_size workers, local_world_size of them on each node.
 
@@ -61,6 +56,11 @@ def build_topology(name: str, world_size: int, local_world_size: int) -> Topolog
     if world_size < 1 or local_world_size < 1 or world_size % local_world_size:
         raise ValueError(f"{world_size} workers cannot be {local_world_size} on every node")
     return Topology(name, world_size, local_world_size, tuple(_ROUNDS[name](world_size, local_world_size)))
+
+
+def default_topology(world_size: int, local_world_size: int) -> str:
+    """Name of the topology for a run that names none: alternating-exp-ring on an even number of nodes, else exp."""
+    return "exp" if world_size // local_world_size % 2 else "alternating-exp-ring"
 
 
 def _complete(n: int, _: int) -> list[Round]:
