@@ -1,7 +1,7 @@
-"""n workers in one process, X <- update(W X, G): what decentralized training means, written down plainly.
+"""Decentralized training of n workers in one process, X <- update(W X, G), in its plainest form.
 
-The oracle of the tests of everything that travels between processes, and a laboratory for small experiments.
-X is (n, d): row i holds the parameters of worker i, here tensor by tensor.
+The tests compare the real workers with it, and it serves for small experiments. X is (n, d): row i holds the parameters
+of worker i, here tensor by tensor.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ def simulate(
     comm_dtype: torch.dtype | None = None,
     gossip_every: int = 1,
 ) -> None:
-    """Trains the workers in place for n_steps; they should start equal, as under DecentDP.
+    """Train the workers in place for n_steps; they should start equal, as under DecentDP.
 
-    backward(module, rank, step) adds the worker's gradient of that step to p.grad, in as many micro-batches as it
-    likes. grad_norm_clip = 0 is off. comm_dtype and gossip_every as in DecentDP.
+    backward(module, rank, step) adds the worker's gradient of that step to p.grad, in any number of micro-batches.
+    grad_norm_clip = 0 means no clipping. comm_dtype and gossip_every have the meaning that they have in DecentDP.
     """
     snapshots = stack_parameters(modules)
     for step in range(n_steps):
@@ -53,9 +53,9 @@ def mix_(
     step: int,
     comm_dtype: torch.dtype | None = None,
 ) -> None:
-    """X <- X + M(S) - S with M(S) = W S of the step, or, rounded to Q(.) between nodes, Y + B Q(Y) - Q(Y), Y = A S.
+    """Set X <- X + M(S) - S in float64, where M(S) = Y + B Q(Y) - Q(Y), Y = A S, and Q rounds to comm_dtype.
 
-    Without rounding both are W S, since W = B A. Computed in float64.
+    Without rounding M(S) = W S, since W = B A.
     """
     a, b = (torch.from_numpy(w) for w in factors(topology, step))
     for parameters, s in zip(zip(*(m.parameters() for m in modules), strict=True), snapshots, strict=True):
@@ -67,7 +67,7 @@ def mix_(
 
 
 def factors(topology: Topology, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """(A, B), each (n, n), with B A = W: A averages by collectives of a group, B what pairs send to each other."""
+    """Return (A, B), each (n, n), with B A = W: A averages by collectives of a group, B between pairs of ranks."""
     inside, between = np.eye(topology.world_size), topology.matrix(step)
     for rank in range(topology.world_size):
         route = plan_route(topology, step, rank)
@@ -81,6 +81,6 @@ def factors(topology: Topology, step: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stack_parameters(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """For each parameter, the workers' values in float64, (n, *shape)."""
+    """Return all workers' values of each parameter in float64, (n, *shape)."""
     groups = zip(*(module.parameters() for module in modules), strict=True)
     return [torch.stack([p.detach().double() for p in parameters]) for parameters in groups]

@@ -1,8 +1,8 @@
-"""Who averages parameters with whom at which step: pure schedule data, no torch and no processes.
+"""Schedules of gossip averaging: which ranks average their parameters at which step. No torch and no processes.
 
 A topology repeats a list of rounds. In a round every worker averages, with equal weights, over a tuple of ranks that
-contains itself. In all rounds but those of `exp` on a world that is no power of two these tuples are disjoint groups;
-there they form a ring of shifts, in which a worker receives from one rank and sends to another.
+contains itself. These tuples are disjoint groups, except in `exp` on a world that is not a power of two: there they
+form a ring of shifts, in which a worker receives from one rank and sends to another.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Round = tuple[tuple[int, ...], ...]  # entry i: the ranks that worker i averages, sorted, i among them
+Round = tuple[tuple[int, ...], ...]  # entry i: ranks that worker i averages, sorted, i included
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Topology:
 
     @property
     def period(self) -> int:
-        """Number of rounds, after which the schedule repeats."""
+        """Number of rounds after which the schedule repeats."""
         return len(self.rounds)
 
     def group(self, step: int, rank: int) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ class Topology:
 
 
 def build_topology(name: str, world_size: int, local_world_size: int) -> Topology:
-    """The topology `name` on world_size workers, local_world_size of them on each node.
+    """Return the topology `name` on world_size workers, local_world_size of them on each node.
 
     Raises:
         ValueError: there is no such topology, or it does not fit the world.
@@ -68,14 +68,14 @@ def _complete(n: int, _: int) -> list[Round]:
 
 
 def _ring(n: int, _: int) -> list[Round]:
-    """One-peer ring: edges (s, s+1), (s+2, s+3) ... from s on; a cycle of odd length needs a third round."""
+    """Edges (s, s+1), (s+2, s+3) ... of a ring from s on; a cycle of odd length needs a third round."""
     starts = [0] if n == 1 else [0, 1] if n % 2 == 0 else [0, 1, -1]
     return [_groups(n, [((s + 2 * k) % n, (s + 2 * k + 1) % n) for k in range(n // 2)]) for s in starts]
 
 
 def _exp(n: int, _: int) -> list[Round]:
-    """One-peer exponential graph (Ying et al. 2021, "Exponential Graph is Provably Efficient for Decentralized Deep
-    Training"): hops of 1, 2, 4 ... ranks; between pairs when n is a power of two, else one way round."""
+    """Hops of 1, 2, 4 ... ranks: between pairs if n is a power of two, else in one direction (Ying et al. 2021,
+    "Exponential Graph is Provably Efficient for Decentralized Deep Training")."""
     hops = [2**r for r in range((n - 1).bit_length())]
     if _is_power_of_two(n):
         return [_groups(n, [(i, i ^ hop) for i in range(n)]) for hop in hops or [0]]
@@ -83,8 +83,8 @@ def _exp(n: int, _: int) -> list[Round]:
 
 
 def _alternating_exp_ring(n: int, local_world_size: int) -> list[Round]:
-    """Pairs of nodes average: even pairs inside each node at step 2r and over both nodes at step 2r + 1, odd pairs the
-    other way round. So a node sends in every second step, and in every step half of them do."""
+    """Even pairs of nodes average inside each node at step 2r and over both nodes at step 2r + 1, odd pairs vice versa.
+    So every node sends in every second step, and in every step half of the nodes do."""
     n_nodes = n // local_world_size
     if n_nodes % 2:
         raise ValueError(
@@ -103,9 +103,11 @@ def _alternating_exp_ring(n: int, local_world_size: int) -> list[Round]:
 
 
 def _node_pairs(n_nodes: int) -> list[list[tuple[int, int]]]:
-    """For each round, pairs that hold every node once. A power of two: a and a XOR 2^r. Any other even number: every
-    even node and the odd one 1, 3, 7, 15 ... after it, a choice of ours, for want of a published one: per round it
-    multiplies the distance to the mean by 0.71 at most for up to 48 nodes (pairs along a ring of 48: 0.99)."""
+    """Pairs of nodes, by round, that hold every node once: a and a XOR 2^r if the number of nodes is a power of two.
+
+    On any other even number, for which no schedule is published, even nodes meet the odd node 1, 3, 7 ... after them.
+    A round multiplies the distance to the mean by at most 0.71 on up to 48 nodes (pairs along a ring of 48: 0.99).
+    """
     if _is_power_of_two(n_nodes):
         return [[(a, a ^ 2**r) for a in range(n_nodes) if a < a ^ 2**r] for r in range(n_nodes.bit_length() - 1)]
     hops = [2**r - 1 for r in range(1, n_nodes.bit_length())]
@@ -121,7 +123,7 @@ _ROUNDS: dict[str, Callable[[int, int], list[Round]]] = {
 
 
 def _groups(n: int, groups: list[tuple[int, ...]]) -> Round:
-    """The round of these groups; who is in none keeps its own parameters."""
+    """Return the round of these groups; a rank that is in no group keeps its own parameters."""
     of_rank: list[tuple[int, ...]] = [(i,) for i in range(n)]
     for group in map(_sorted, groups):
         for rank in group:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decent.topology import Topology, build_topology
+from decent.topology import Topology, build_topology, default_topology
 
 
 @st.composite
@@ -98,7 +98,7 @@ def test_even_ring_alternates_between_both_neighbours() -> None:
 
 
 @given(st.integers(1, 20))
-def test_odd_ring_leaves_one_worker_alone_in_each_of_three_rounds_and_uses_every_edge(half: int) -> None:
+def test_odd_ring_uses_every_edge_in_three_rounds(half: int) -> None:
     n = 2 * half + 1
     topology = build_topology("ring", n, 1)
     assert topology.period == 3
@@ -108,7 +108,7 @@ def test_odd_ring_leaves_one_worker_alone_in_each_of_three_rounds_and_uses_every
     assert edges == {tuple(sorted((i, (i + 1) % n))) for i in range(n)}
 
 
-def test_alternating_exp_ring_on_four_nodes_of_four_is_the_published_schedule() -> None:
+def test_alternating_exp_ring_on_four_nodes_is_the_published_schedule() -> None:
     topology = build_topology("alternating-exp-ring", 16, 4)
 
     def ranks(*nodes: int) -> tuple[int, ...]:
@@ -123,9 +123,7 @@ def test_alternating_exp_ring_on_four_nodes_of_four_is_the_published_schedule() 
 
 
 @given(st.integers(1, 20).map(lambda half: 2 * half), st.integers(1, 4))
-def test_alternating_exp_ring_sends_from_a_node_in_every_second_step_and_from_half_of_the_pairs(
-    n_nodes: int, local: int
-) -> None:
+def test_every_node_sends_in_every_second_step_of_alternating_exp_ring(n_nodes: int, local: int) -> None:
     topology = build_topology("alternating-exp-ring", n_nodes * local, local)
     for step in range(0, topology.period, 2):
         sending = [
@@ -137,7 +135,7 @@ def test_alternating_exp_ring_sends_from_a_node_in_every_second_step_and_from_ha
 
 
 @pytest.mark.parametrize(("n_nodes", "period"), [(2, 2), (4, 4), (16, 8), (6, 4), (10, 6), (48, 10)])
-def test_alternating_exp_ring_takes_two_steps_per_round_of_node_pairs(n_nodes: int, period: int) -> None:
+def test_alternating_exp_ring_takes_two_steps_per_round(n_nodes: int, period: int) -> None:
     assert build_topology("alternating-exp-ring", n_nodes, 1).period == period
 
 
@@ -146,6 +144,13 @@ def test_alternating_exp_ring_contracts_on_any_even_number_of_nodes(n_nodes: int
     topology = build_topology("alternating-exp-ring", n_nodes, 1)
     eigenvalues = np.linalg.eigvals(product_of_period(topology) - 1 / n_nodes)
     assert np.abs(eigenvalues).max() < 0.75 ** (topology.period / 2)
+
+
+@pytest.mark.parametrize(("n_nodes", "name"), [(1, "exp"), (2, "alternating-exp-ring"), (3, "exp")])
+@pytest.mark.parametrize("local", [1, 4])
+def test_default_topology_fits_the_number_of_nodes(n_nodes: int, local: int, name: str) -> None:
+    assert default_topology(n_nodes * local, local) == name
+    build_topology(name, n_nodes * local, local)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +163,7 @@ def test_alternating_exp_ring_contracts_on_any_even_number_of_nodes(n_nodes: int
         ("exp", 0, 1, "0 workers"),
     ],
 )
-def test_what_does_not_fit_is_named(name: str, n: int, local: int, message: str) -> None:
+def test_topology_that_does_not_fit_is_refused(name: str, n: int, local: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_topology(name, n, local)
 
