@@ -52,7 +52,7 @@ class Scalars(NamedTuple):
 
 
 def accum_adamw_(row: Row, x: Scalars, *, ends_window: bool) -> None:
-    """Make one step of AccumAdamW in place; in float32 and float64, compiled and eager give the same bits."""
+    """Make one step of AccumAdamW in place. In float32, compiled and eager differ only by MKL's rounding of sqrt."""
     p, grad, exp_avg, exp_avg_sq, accum_grad = row
     p.mul_(x.decay)
     accum_grad.add_(x.share * grad)
