@@ -1,6 +1,6 @@
 """AccumAdamW against the formula, torch's AdamW and a step computed by hand; its state and its manners.
 
-Where a test takes the fixture `compile`, it runs with compiled kernels and with foreach operations.
+Where a test takes the fixture `compile`, it runs compiled and eagerly.
 """
 
 import copy
@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +18,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loguru import logger
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_cpp_code
 
-from optim import AccumAdamW, accum_kernels
-from optim.accum_kernels import Scalars
+from optim import AccumAdamW, accum_adamw
 from scripts.bench_timing import peak_temporary_bytes
 
 # torch's own, when its compiler is imported
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
-@pytest.fixture(params=[True, False], ids=["compiled", "foreach"])
+@pytest.fixture(params=[True, False], ids=["compiled", "eager"])
 def compile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Also for the small tensors of a test, except those of one element, of which torch.compile makes an own kernel."""
-    monkeypatch.setattr(accum_kernels, "KERNEL_MIN_NUMEL", 2)
-    if request.param:
-        assert accum_kernels._kernel_works(True, "cpu", torch.float32)
-        assert accum_kernels._kernel_works(True, "cpu", torch.float64)
+    """Also for the small tensors of a test."""
+    monkeypatch.setattr(accum_adamw, "COMPILE_MIN_NUMEL", 1)
     return request.param
-
-
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    """What is logged, as if AccumAdamW were used for the first time."""
-    accum_kernels._kernel_works.cache_clear()
-    lines: list[str] = []
-    sink = logger.add(lines.append, format="{message}")
-    yield lines
-    logger.remove(sink)
-    accum_kernels._kernel_works.cache_clear()
 
 
 def reference(
@@ -105,7 +88,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
 # float32: a step of size lr <= 0.1 has a relative error of some 1e-7, 11 of them stay below 3e-6.
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-12, 1e-13), (torch.float32, 3e-6, 3e-6)])
 @given(run=runs())
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equals_the_formula_in_every_element(
     compile: bool, dtype: torch.dtype, rtol: float, atol: float, run: dict[str, Any]
 ) -> None:
@@ -155,6 +138,21 @@ def test_three_steps_by_hand(compile: bool) -> None:
     assert seen == pytest.approx([-1, -2, -3], rel=1e-14)
 
 
+def test_a_checkpoint_has_this_format(compile: bool) -> None:
+    p = nn.Parameter(torch.full((2,), -2.0))  # as after the second of the three steps by hand
+    moments = {"exp_avg": torch.full((2,), 1.5), "exp_avg_sq": torch.full((2,), 4.5), "accum_grad": torch.zeros(2)}
+    group = {"lr": 1.0, "betas": (0.5, 0.5), "eps": 0.0, "weight_decay": 0.0, "accum_steps": 2, "params": [0]}
+    optimizer = AccumAdamW([p], compile=compile)
+    optimizer.load_state_dict({"state": {0: {"step": 2, **moments}}, "param_groups": [group]})
+    assert optimizer.state_dict()["param_groups"] == [group]
+    train(optimizer, [p], [[torch.full((2,), 3.0)]])
+    torch.testing.assert_close(p.detach(), torch.full((2,), -3.0))
+    assert {k: type(v) for k, v in optimizer.state_dict()["state"][0].items()} == {
+        "step": int,
+        **dict.fromkeys(moments, Tensor),
+    }
+
+
 def test_parameters_move_in_every_step_and_moments_once_a_window(compile: bool) -> None:
     params, grads = normal_run(9)
     optimizer = AccumAdamW(params, accum_steps=3, compile=compile)
@@ -174,7 +172,7 @@ def test_gradients_are_only_read(compile: bool) -> None:
         assert torch.equal(p.grad, g)
 
 
-def test_saved_in_the_middle_of_a_window_and_loaded_it_continues_bit_by_bit(compile: bool) -> None:
+def test_a_save_inside_a_window_is_continued_bit_by_bit(compile: bool) -> None:
     params, grads = normal_run(11, torch.float32)
     optimizer = AccumAdamW(params, accum_steps=3, compile=compile)
     train(optimizer, params, grads[:4])
@@ -259,12 +257,12 @@ def test_a_loss_scaler_unscales_and_skips() -> None:
 
 # Parameters are of size 1: 9 steps of 0.01 round each element by some 1e-7.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-def test_tensors_that_are_cut_into_batches_or_share_one_equal_the_formula(
+def test_pieces_and_calls_of_many_tensors_equal_the_formula(
     compile: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(accum_kernels.BATCH_BYTES, "cpu", 4000)
+    monkeypatch.setattr(accum_adamw, "PIECE_NUMEL", 1000)
     rng = np.random.default_rng(0)
-    shapes = [(71, 43), (5,), (1000,), (1,), (3, 333), (1001,)]
+    shapes = [(71, 43), (5,), (1000,), (1,), (3, 333), (1001,), (), (7,), (2, 2)]  # more than ROWS_PER_CALL
     starts = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
     grads = [[rng.normal(size=shape).astype(np.float32) for shape in shapes] for _ in range(9)]
     params = [nn.Parameter(torch.tensor(start, dtype=dtype)) for start in starts]
@@ -276,7 +274,22 @@ def test_tensors_that_are_cut_into_batches_or_share_one_equal_the_formula(
         np.testing.assert_allclose(p.detach().double().numpy(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_tensors_that_are_not_contiguous_are_updated_like_those_that_are(compile: bool) -> None:
+def test_compiled_and_eager_moments_have_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(300, 401), (5000,), (7,), ()]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(8)]
+    compiled, eager = ([nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    optimizers = AccumAdamW(compiled, accum_steps=3), AccumAdamW(eager, accum_steps=3, compile=False)
+    for optimizer, params in zip(optimizers, (compiled, eager), strict=True):
+        train(optimizer, params, grads)
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # MKL rounds the root of V otherwise
+        for name in ("exp_avg", "exp_avg_sq", "accum_grad"):
+            assert torch.equal(optimizers[0].state[a][name], optimizers[1].state[b][name])
+
+
+def test_non_contiguous_tensors_get_the_same_update(compile: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     plain, transposed, with_transposed_grad = (
         nn.Parameter(p) for p in (torch.ones(4, 6), torch.ones(6, 4).t(), torch.ones(4, 6))
@@ -288,42 +301,41 @@ def test_tensors_that_are_not_contiguous_are_updated_like_those_that_are(compile
         optimizer.step()
     assert not transposed.is_contiguous()
     for p in (transposed, with_transposed_grad):
-        torch.testing.assert_close(p, plain, rtol=1e-6, atol=1e-6)  # the kernel rounds otherwise
+        torch.testing.assert_close(p, plain, rtol=1e-6, atol=1e-6)  # the root may be rounded otherwise
 
 
-@pytest.mark.parametrize("compile", [True, False], ids=["compiled", "foreach"])
-def test_a_step_allocates_less_than_a_tenth_of_the_parameters(compile: bool) -> None:
+@pytest.mark.parametrize(("compile", "share"), [(True, 0.001), (False, 0.1)], ids=["compiled", "eager"])
+def test_a_step_allocates_a_small_share_of_the_parameters(compile: bool, share: float) -> None:
     params = [nn.Parameter(torch.ones(2500, 1000)), *(nn.Parameter(torch.ones(1000, 1000)) for _ in range(2))]
-    params += [nn.Parameter(torch.ones(1000)) for _ in range(500)]  # 5M parameters: a batch is 2.6% of them
+    params += [nn.Parameter(torch.ones(1000)) for _ in range(500)]  # 5M parameters: a piece is 1.3% of them
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer = AccumAdamW(params, accum_steps=2, compile=compile)
     optimizer.step()
     peak_bytes = max(peak_temporary_bytes(optimizer.step) for _ in range(2))  # the end of a window and its beginning
-    assert peak_bytes < 0.1 * sum(p.nbytes for p in params)
-    assert compile or peak_bytes > 0  # the measurement sees something
+    assert 0 < peak_bytes < share * sum(p.nbytes for p in params)
 
 
-def test_one_kernel_serves_tensors_of_all_sizes_and_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accum_kernels, "KERNEL_MIN_NUMEL", 2)
+def test_two_graphs_serve_all_sizes_places_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accum_adamw, "COMPILE_MIN_NUMEL", 1)
     shapes = [(500, 32), (256, 32), (96, 64), (64, 64), (256, 64), (64, 256), (64,), (1,), ()] * 2
     flat = torch.ones(sum(math.prod(shape) for shape in shapes))
-    params = []
+    params = [nn.Parameter(torch.ones(3, 5))]
     for shape, place in zip(shapes, flat.split([math.prod(shape) for shape in shapes]), strict=True):
         params.append(nn.Parameter(torch.empty(shape)))
         params[-1].data = place.view(shape)  # as DecentDP has them
     torch._dynamo.reset()
+    accum_adamw._compiles.cache_clear()  # as in a new process
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     optimizer = AccumAdamW(params, accum_steps=3)
     for step in range(12):
         optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
         train(optimizer, params, [[torch.ones_like(p) for p in params]])
-    # Two, inside a window and at its end; and two again, as the compiler tells offset 0 of the buffer from the others.
-    assert 2 <= graphs["unique_graphs"] - before <= 4
+    assert graphs["unique_graphs"] - before == 2  # inside a window and at its end
 
 
-def test_a_backward_through_parameters_that_a_step_has_changed_is_an_error(compile: bool) -> None:
+def test_a_backward_through_changed_parameters_is_an_error(compile: bool) -> None:
     p = nn.Parameter(torch.ones(5000))
     optimizer = AccumAdamW([p], compile=compile)
     loss = p.square().sum()
@@ -334,8 +346,9 @@ def test_a_backward_through_parameters_that_a_step_has_changed_is_an_error(compi
 
 
 def test_the_compiled_kernel_uses_all_threads() -> None:
-    rows = accum_kernels._scratch(torch.device("cpu"), torch.float32, (False,) * 5)
-    numbers = torch.ones(len(Scalars._fields), dtype=torch.float64)
+    p = nn.Parameter(torch.ones(5000))
+    p.grad = torch.ones(5000)
+    optimizer = AccumAdamW([p])
     n_threads = torch.get_num_threads()
     torch._dynamo.reset()
     try:
@@ -347,51 +360,45 @@ def test_the_compiled_kernel_uses_all_threads() -> None:
             warnings.catch_warnings(),
         ):
             warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
-            _, code = run_and_get_cpp_code(lambda: accum_kernels._compiled(False)(rows, numbers))
+            _, code = run_and_get_cpp_code(optimizer.step)
     finally:
         torch.set_num_threads(n_threads)
     assert "#pragma omp parallel" in code  # that is absent from a kernel that one thread runs
 
 
 @pytest.mark.parametrize(
-    ("compile", "expected"), [(True, "one compiled kernel, "), (False, "foreach operations, since compile = ")]
-)
-def test_what_is_used_is_logged_once(log: list[str], compile: bool, expected: str) -> None:
-    p = nn.Parameter(torch.ones(5000))
-    for _ in range(2):
-        train(AccumAdamW([p], compile=compile), [p], [[torch.ones(5000)]] * 3)
-    assert len(log) == 1
-    assert expected in log[0]
-    assert "(cpu, float32)" in log[0]
-
-
-@pytest.mark.parametrize(
-    ("environment", "reason"),
+    ("environment", "arguments", "expected"),
     [
-        ({"CXX": "/nonexistent/c++"}, "torch.compile fails: "),
-        ({"TORCH_COMPILE_DISABLE": "1"}, "torch.compile is switched off"),
+        ({}, "compile=True", "compiled (cpu, float32)"),
+        ({}, "compile=False", "eager, since compile = False (cpu, float32)"),
+        ({"CXX": "/nonexistent/c++"}, "", "eager, since torch.compile fails: "),
+        ({"TORCH_COMPILE_DISABLE": "1"}, "", "eager, since torch.compile is switched off (cpu, float32)"),
     ],
+    ids=["compiler", "compile=False", "no compiler", "switched off"],
 )
-def test_without_a_compiler_foreach_operations_do_the_same(
-    tmp_path: Path, environment: dict[str, str], reason: str
+def test_the_log_says_once_what_is_used(
+    tmp_path: Path, environment: dict[str, str], arguments: str, expected: str
 ) -> None:
     program = (
         "import torch; from optim import AccumAdamW\n"
-        "p = torch.nn.Parameter(torch.ones(5000)); optimizer = AccumAdamW([p], lr=0.5, weight_decay=0.0)\n"
-        "for _ in range(9): p.grad = torch.ones(5000); optimizer.step()\n"
+        "for _ in range(2):\n"
+        "  p = torch.nn.Parameter(torch.ones(5000))\n"
+        f"  optimizer = AccumAdamW([p], lr=0.5, weight_decay=0.0, {arguments})\n"
+        "  for _ in range(9): p.grad = torch.ones(5000); optimizer.step()\n"
         "print(p.min().item(), p.max().item())"
     )
-    cold = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # or what an earlier run compiled is found there
+    # A cold cache: or a kernel that an earlier run compiled is found there.
+    cold = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} if environment else {}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, **environment, **cold},
+        env={**os.environ, **cold, **environment},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=100,
         check=True,
     )
-    assert done.stderr.count("AccumAdamW: foreach operations, since " + reason) == 1, done.stderr
+    assert done.stderr.count("AccumAdamW: ") == done.stderr.count("AccumAdamW: " + expected) == 1, done.stderr
     # The gradient is always 1, so every step is lr; in the second window M / sqrt(V) is 1 too, bias corrections aside.
     lowest, highest = map(float, done.stdout.split())
     assert lowest == highest == pytest.approx(1 - 9 * 0.5, rel=1e-6)
