@@ -46,7 +46,7 @@ class TokenDataset:
 
     Raises:
         ValueError: open_tokens rejects a file, or the memory is too small for both.
-        TokenError: a token id is not below vocab_size, in the first 256 MB of a file. `windows` checks the rest.
+        TokenError: one of the first 2^27 token ids of a file is not below vocab_size. `windows` checks the rest.
     """
 
     def __init__(
@@ -60,9 +60,7 @@ class TokenDataset:
         local_rank: int = 0,
         share: Share | None = None,
     ) -> None:
-        self.context_length = context_length
-        self.seed = seed
-        self.vocab_size = vocab_size
+        self.context_length, self.seed, self.vocab_size = context_length, seed, vocab_size
         self.paths: dict[Split, Path] = {"train": Path(data_dir) / "train.bin", "val": Path(data_dir) / "val.bin"}
         self.tokens: dict[Split, Tokens] = {}
         self._maps: dict[Split, mmap.mmap] = {}  # mapped files, none if they are in memory
@@ -70,12 +68,16 @@ class TokenDataset:
         for split, path in self.paths.items():
             self.tokens[split] = open_tokens(path, context_length + 1)
             self._checked(split, self.tokens[split][:_SCAN_TOKENS])
-        if in_memory and hasattr(os, "memfd_create"):  # not on Linux: the page cache has to do
-            self._load(local_rank, share)
+        if in_memory and hasattr(os, "memfd_create"):  # elsewhere than on Linux the page cache has to do
+            load = functools.partial(copy_to_memory, list(self.paths.values()))
+            memory = share(load if local_rank == 0 else None) if share is not None else load()
+            if local_rank == 0:
+                weakref.finalize(self, os.close, memory.fd)  # until then the other workers can open it
+            tokens = np.frombuffer(map_memory(memory), dtype=TOKEN)
+            self.tokens["train"], self.tokens["val"] = np.split(tokens, [len(self.tokens["train"])])
         else:
-            for split, path in self.paths.items():
-                self._maps[split] = _map(path)
-                self.tokens[split] = np.frombuffer(self._maps[split], dtype=TOKEN)
+            self._maps = {split: _map_file(path) for split, path in self.paths.items()}
+            self.tokens = {split: np.frombuffer(mapping, dtype=TOKEN) for split, mapping in self._maps.items()}
         self._windows = {  # (n_tokens - T, T + 1) views: row i is the window that starts at token i
             split: sliding_window_view(tokens, context_length + 1) for split, tokens in self.tokens.items()
         }
@@ -125,24 +127,12 @@ class TokenDataset:
         windows_of = functools.partial(self.windows, split, rows=rows, global_batch_size=size, evaluation=evaluation)
         return prefetch(windows_of, steps.start, steps.stop, device=device)
 
-    def _load(self, local_rank: int, share: Share | None) -> None:
-        """Replace the tokens by the node's copy in memory, which has train.bin before val.bin."""
-        load = functools.partial(copy_to_memory, list(self.paths.values()))
-        memory = share(load if local_rank == 0 else None) if share is not None else load()
-        if local_rank == 0:
-            weakref.finalize(self, os.close, memory.fd)  # until then the other workers can open it
-        tokens = np.frombuffer(map_memory(memory), dtype=TOKEN)
-        self.tokens["train"], self.tokens["val"] = np.split(tokens, [len(self.tokens["train"])])
-
     def _prepare_reading(self, split: Split, n_windows: int) -> None:
-        """Check the length of a mapped file, and limit its resident pages; the page cache keeps what is given back.
-
-        Touching a page behind the end of a file that was cut would kill the process without a message.
-        """
+        """Check the length of a mapped file, and limit its resident pages; the page cache keeps what is given back."""
         if split not in self._maps:
             return
         n_now = self._maps[split].size() // TOKEN.itemsize  # size of the file, not of the mapping
-        if n_now < len(self.tokens[split]):
+        if n_now < len(self.tokens[split]):  # a page behind its end would kill the process without a message
             raise TokenError(
                 f"{self.paths[split]}: held {len(self.tokens[split])} tokens when training started, and holds {n_now} "
                 "now: leave it alone while a run reads it, or set in_memory = true"
@@ -210,9 +200,8 @@ def prefetch(
         thread.shutdown(cancel_futures=True)
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map_file(path: Path) -> mmap.mmap:
     with open(path, "rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # Without this a window of 2 KB reads 128 KB and more from the disk or the network.
-    mapping.madvise(mmap.MADV_RANDOM)
+    mapping.madvise(mmap.MADV_RANDOM)  # or a window of 2 KB reads 128 KB and more from the disk or the network
     return mapping
