@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019) with its own parameter names; knows nothing of training, files or other workers.
+"""GPT-2 (Radford et al. 2019) with its own parameter names; nothing of training, files or other workers.
 
 Shapes: B batch, T tokens, C channels (n_embd), H heads, V vocabulary.
 """
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 language model. The output layer is the token embedding wte: one parameter with both gradients."""
+    """GPT-2 language model. The output layer is the token embedding wte: one parameter, which gets both gradients."""
 
     def __init__(self, cfg: "ModelConfig", context_length: int) -> None:
         super().__init__()
@@ -77,9 +77,9 @@ class GPT(nn.Module):
         self._init_parameters_()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """(logits, None) without targets, (None, loss) with them; loss is the mean cross entropy in nats, a scalar.
+        """Return (logits, None) without targets, (None, loss) with them.
 
-        idx and targets are (B, T) int64, logits (B, T, V).
+        idx and targets are (B, T) int64, logits (B, T, V). loss is the mean cross entropy in nats, a scalar.
 
         Raises:
             ValueError: T is above context_length.
@@ -88,13 +88,13 @@ class GPT(nn.Module):
         logits = F.linear(x, self.wte.weight)
         if targets is None:
             return logits, None
-        # Compiled, the softmax and its gradient are fused with the casts and overwrite the logits: one copy of them, in
-        # bfloat16 under autocast (2 V bytes per token, measured on the CPU), and none in fp32. The chunked
-        # F.linear_cross_entropy is opaque to the compiler, and either ignores autocast or rounds the loss to bfloat16.
+        # The compiler fuses the softmax and its gradient with the casts, and both overwrite the logits. So there is one
+        # copy of the logits, in bfloat16 under autocast (2 V bytes per token, measured on the CPU), and none in fp32.
+        # The chunked F.linear_cross_entropy is opaque to the compiler: it ignores autocast, or rounds the loss to bf16.
         return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def _hidden(self, idx: Tensor) -> Tensor:
-        """What the output layer reads, (B, T, C), of token ids (B, T)."""
+        """Input of the output layer, (B, T, C), for token ids (B, T)."""
         T = idx.shape[1]
         if T > self.context_length:
             raise ValueError(f"a sequence of {T} tokens does not fit context_length = {self.context_length}")
@@ -115,10 +115,10 @@ class GPT(nn.Module):
         vocab_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """idx (B, T) continued by sampled tokens, (B, T + max_new_tokens); call eval() first.
+        """Return idx (B, T) continued by sampled tokens, (B, T + max_new_tokens). Call eval() first.
 
-        Each token sees the context_length tokens before it. temperature 0 takes the most likely token; top_k samples
-        among the k most likely; vocab_size among the ids below it, where the model's own is padded.
+        Each token depends on the context_length tokens before it. temperature 0 takes the most likely token. top_k
+        limits the choice to the k most likely tokens, vocab_size to the ids below it, if the model's own is padded.
 
         Raises:
             ValueError: temperature is negative, or top_k or vocab_size is below 1.
@@ -136,7 +136,7 @@ class GPT(nn.Module):
         return idx
 
     def num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters, without the positions wpe if non_embedding; wte counts, it is the output layer."""
+        """Number of parameters. non_embedding excludes the positions wpe, but not wte, which is the output layer."""
         n = sum(p.numel() for p in self.parameters())
         return n - self.wpe.weight.numel() if non_embedding else n
 
@@ -149,8 +149,11 @@ class GPT(nn.Module):
         return 6 * self.num_params() + 12 * L * HQ * T
 
     def _init_parameters_(self) -> None:
-        """Normal(0, 0.02) and zero biases; the projections into the residual stream scaled by 1/sqrt(2 n_layers),
-        so that its variance does not grow with depth (Radford et al. 2019, section 2.3)."""
+        """Draw weights from Normal(0, 0.02) and set biases to zero.
+
+        The projections into the residual stream are scaled by 1/sqrt(2 n_layers). So the variance of the stream does
+        not grow with depth (Radford et al. 2019, section 2.3).
+        """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -160,7 +163,7 @@ class GPT(nn.Module):
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token id per row of logits (B, V): (B, 1)."""
+    """Draw one token id per row of logits (B, V), (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k is not None:

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from data.node_memory import MemoryFile, copy_to_memory, map_memory, require_memory
+from data.node_memory import MemoryFile, copy_to_memory, map_memory
 from data.token_file import TOKEN, Tokens, open_tokens
 
 Split = Literal["train", "val"]
@@ -28,28 +27,28 @@ Batch = tuple[Tensor, Tensor]  # x, y
 Load = Callable[[], MemoryFile]
 Share = Callable[[Load | None], MemoryFile]
 
-_SCAN_TOKENS = 2**27  # 256 MB: what is read of a file before training starts, to find ids that the model lacks
-_AHEAD = 2  # batches made before they are asked for
-_MAPPED_BYTES = 2**28  # of a file on disk: as much of it as may be resident in a process
-_FAULT_BYTES = 2**16  # what Linux maps around a page that is touched
+_SCAN_TOKENS = 2**27  # tokens per file (256 MB) whose ids are checked before training starts
+_AHEAD = 2  # batches that are made before they are asked for
+_RESIDENT_BYTES = 2**28  # limit of resident pages per mapped file
+_FAULT_BYTES = 2**21  # most that Linux maps when a page is touched: a folio of the page cache
 
 
 class TokenError(ValueError):
-    """What is found wrong with a token file only while it is trained on; the message is one line."""
+    """A token file turned out to be invalid, maybe during training. The message is one line."""
 
     exit_code = 2
 
 
 class TokenDataset:
-    """Draws windows uniformly, with replacement, from data_dir/train.bin and data_dir/val.bin.
+    """Windows of data_dir/train.bin and data_dir/val.bin, drawn uniformly with replacement.
 
-    in_memory: hold both files in memory, once per node, instead of mapping them from disk. `share` makes it once per
-    node: a collective of the node's workers that calls what the worker with local_rank 0 passes to it and returns the
-    result to all. The constructor calls it twice, after all checks. None: this worker has no others beside it.
+    in_memory: hold both files in memory, once per node, instead of mapping them from disk. `share` is a collective of
+    all workers: it calls the Load of local rank 0, and returns the result to the workers of that node. The constructor
+    calls it once, after all checks. None means that this worker is alone on its node.
 
     Raises:
-        ValueError: open_tokens rejects a file, or the memory is too small for them.
-        TokenError: a token id is not below vocab_size, in the first 256 MB of a file; `windows` checks the rest.
+        ValueError: open_tokens rejects a file, or the memory is too small for both.
+        TokenError: one of the first 2^27 token ids of a file is not below vocab_size. `windows` checks the rest.
     """
 
     def __init__(
@@ -63,175 +62,124 @@ class TokenDataset:
         local_rank: int = 0,
         share: Share | None = None,
     ) -> None:
-        self.context_length = context_length
-        self.seed = seed
-        self.vocab_size = vocab_size
+        self.context_length, self.seed, self.vocab_size = context_length, seed, vocab_size
         self.paths: dict[Split, Path] = {"train": Path(data_dir) / "train.bin", "val": Path(data_dir) / "val.bin"}
+        self.tokens: dict[Split, Tokens] = {}
+        self._maps: dict[Split, mmap.mmap] = {}  # mapped files, none if they are in memory
+        self._resident_bytes = 0  # upper limit for the mapped files
         for split, path in self.paths.items():
-            self._check_ids(split, open_tokens(path, context_length + 1)[:_SCAN_TOKENS])
-        if in_memory and local_rank == 0:
-            require_memory(list(self.paths.values()))
-        self._maps: dict[Split, mmap.mmap] = {
-            split: self._load(path, local_rank, share) if in_memory else _map(path)
-            for split, path in self.paths.items()
-        }
-        self.tokens: dict[Split, Tokens] = {
-            split: np.frombuffer(mapping, dtype=TOKEN) for split, mapping in self._maps.items()
-        }
+            self.tokens[split] = open_tokens(path, context_length + 1)
+            self._checked(split, self.tokens[split][:_SCAN_TOKENS])
+        if in_memory and hasattr(os, "memfd_create"):  # elsewhere than on Linux the page cache has to do
+            load = functools.partial(copy_to_memory, list(self.paths.values()))
+            memory = share(load if local_rank == 0 else None) if share is not None else load()
+            if local_rank == 0:
+                weakref.finalize(self, os.close, memory.fd)  # until then the other workers can open it
+            tokens = np.frombuffer(map_memory(memory), dtype=TOKEN)
+            self.tokens["train"], self.tokens["val"] = np.split(tokens, [len(self.tokens["train"])])
+        else:
+            self._maps = {split: _map_file(path) for split, path in self.paths.items()}
+            self.tokens = {split: np.frombuffer(mapping, dtype=TOKEN) for split, mapping in self._maps.items()}
         self._windows = {  # (n_tokens - T, T + 1) views: row i is the window that starts at token i
             split: sliding_window_view(tokens, context_length + 1) for split, tokens in self.tokens.items()
         }
-        self._in_memory = in_memory
-        self._mapped_bytes = 0  # of the files on disk, at most; since the mappings were last emptied
 
     def windows(
         self, split: Split, step: int, rows: slice, global_batch_size: int, *, evaluation: bool = False
     ) -> Tensor:
-        """The given rows of a step's global batch, (rows, T + 1) uint16.
+        """Return the given rows of a step's global batch, (rows, T + 1) uint16.
 
-        The same arguments give the same windows in every process, and the rows of a step do not depend on who takes
-        them. evaluation selects the stream of evaluation batches; "val" has no other.
+        The same arguments give the same windows in every process, whichever worker takes them. evaluation selects the
+        stream of evaluation batches, which is the only one of "val".
 
         Raises:
             TokenError: a token id is not below vocab_size, or the file has become shorter.
         """
         assert step >= 0
         assert 0 <= (rows.start or 0) <= (rows.stop or global_batch_size) <= global_batch_size
-        stream = 0 if split == "train" and not evaluation else 1 + list(self.paths).index(split)
-        starts = _draw(self.seed, stream, step, global_batch_size, rows, n=len(self._windows[split]))
+        stream = 2 if split == "val" else int(evaluation)
+        starts = window_starts(self.seed, stream, step, global_batch_size, rows, n=len(self._windows[split]))
         self._prepare_reading(split, len(starts))
-        return self._checked(split, self._windows[split][starts])  # the one copy of the tokens on the host
+        windows = self._windows[split][starts]  # the one copy of the tokens on the host
+        return torch.from_numpy(self._checked(split, windows))
 
     def windows_in_order(self, split: Split, first: int, n: int) -> Tensor:
-        """Windows first, ..., first + n - 1 of those that start at tokens 0, T, 2T, ..., (n, T + 1) uint16.
+        """Return the windows that start at tokens first * T, ..., (first + n - 1) * T, (n, T + 1) uint16.
 
-        In them every token of the split but the first is a target exactly once. Zeros follow the end of the file.
-
-        Raises:
-            TokenError: as `windows`.
+        Over all such windows, every token of the split but the first is a target once. Zeros follow the last token.
         """
         T = self.context_length
-        tokens = np.zeros(n * T + 1, dtype=TOKEN)
         self._prepare_reading(split, n)
-        there = self.tokens[split][first * T : (first + n) * T + 1]
-        tokens[: len(there)] = there
-        return self._checked(split, sliding_window_view(tokens, T + 1)[::T].copy())
+        tokens = self.tokens[split][first * T : (first + n) * T + 1]
+        tokens = np.pad(tokens, (0, n * T + 1 - len(tokens)))
+        return torch.from_numpy(self._checked(split, sliding_window_view(tokens, T + 1)[::T].copy()))
 
     def n_targets(self, split: Split) -> int:
-        """Tokens that have one before them."""
+        """Number of tokens that have one before them."""
         return len(self.tokens[split]) - 1
 
     def batch(self, split: Split, step: int, rows: slice, global_batch_size: int, *, evaluation: bool = False) -> Batch:
-        """x, y of `windows`, each (rows, T) int64; y is x one token later."""
+        """Return x, y of `windows`, each (rows, T) int64; y is x one token later."""
         return widen(self.windows(split, step, rows, global_batch_size, evaluation=evaluation))
 
     def batches(
-        self,
-        split: Split,
-        steps: range,
-        rows: slice,
-        global_batch_size: int,
-        *,
-        device: torch.device,
-        evaluation: bool = False,
+        self, split: Split, steps: range, rows: slice, size: int, *, device: torch.device, evaluation: bool = False
     ) -> Generator[Batch]:
-        """The `batch` of each step on the device, made ahead by a thread; see `prefetch`."""
-        return prefetch(
-            lambda step: self.windows(split, step, rows, global_batch_size, evaluation=evaluation),
-            steps.start,
-            steps.stop,
-            device=device,
-        )
+        """Yield the `batch` of each step on the device, made ahead by `prefetch`. size: rows of a global batch."""
+        windows_of = functools.partial(self.windows, split, rows=rows, global_batch_size=size, evaluation=evaluation)
+        return prefetch(windows_of, steps.start, steps.stop, device=device)
 
     def _prepare_reading(self, split: Split, n_windows: int) -> None:
-        """Before pages of a mapping are touched.
-
-        Mapped pages that were read stay resident until the whole corpus is: from time to time they are given back,
-        which costs no reading, since the page cache keeps them. A page that lies behind the end of a file that was cut
-        kills the process without a word. This finds the cut before it, unless the cut is made in the same microseconds.
-        """
-        if self._in_memory:
+        """Check the length of a mapped file, and limit its resident pages; the page cache keeps what is given back."""
+        if split not in self._maps:
             return
-        n_now = self._maps[split].size() // TOKEN.itemsize  # of the file, not of the mapping
-        if n_now < len(self.tokens[split]):
+        n_now = self._maps[split].size() // TOKEN.itemsize  # size of the file, not of the mapping
+        if n_now < len(self.tokens[split]):  # a page behind its end would kill the process without a message
             raise TokenError(
                 f"{self.paths[split]}: held {len(self.tokens[split])} tokens when training started, and holds {n_now} "
                 "now: leave it alone while a run reads it, or set in_memory = true"
             )
-        self._mapped_bytes += n_windows * (_FAULT_BYTES + TOKEN.itemsize * (self.context_length + 1))
-        if self._mapped_bytes > _MAPPED_BYTES:
-            self._mapped_bytes = 0
+        n_bytes = n_windows * (_FAULT_BYTES + TOKEN.itemsize * (self.context_length + 1))
+        self._resident_bytes += n_bytes
+        if self._resident_bytes > _RESIDENT_BYTES:
+            self._resident_bytes = n_bytes
             for mapping in self._maps.values():
-                if len(mapping) > _MAPPED_BYTES:
+                if len(mapping) > _RESIDENT_BYTES:
                     mapping.madvise(mmap.MADV_DONTNEED)
 
-    def _checked(self, split: Split, windows: Tokens) -> Tensor:
-        self._check_ids(split, windows)
-        return torch.from_numpy(windows)
-
-    def _check_ids(self, split: Split, tokens: Tokens) -> None:
-        if self.vocab_size < 2**16 and (largest := int(tokens.max(initial=0))) >= self.vocab_size:
+    def _checked(self, split: Split, tokens: Tokens) -> Tokens:
+        """Return the tokens, or raise TokenError if one is not below vocab_size."""
+        if (largest := int(tokens.max(initial=0))) >= self.vocab_size:
             raise TokenError(
                 f"{self.paths[split]}: holds token id {largest}, but model.vocab_size = {self.vocab_size} ends at "
                 f"{self.vocab_size - 1}; set it to at least {largest + 1} (all of GPT-2's need 50257)"
             )
+        return tokens
 
-    def _load(self, path: Path, local_rank: int, share: Share | None) -> mmap.mmap:
-        """The file in the node's memory; its descriptor stays open, for the other workers, as long as this object."""
-        if not hasattr(os, "memfd_create"):
-            return _map(path)  # not on Linux: the page cache has to do
-        load = functools.partial(copy_to_memory, path)
-        memory = share(load if local_rank == 0 else None) if share is not None else load()
-        if local_rank == 0:
-            weakref.finalize(self, os.close, memory.fd)
-        return map_memory(memory)
+
+def window_starts(seed: int, stream: int, step: int, size: int, rows: slice, *, n: int) -> np.ndarray:
+    """Return `rows` of `size` draws from 0..n-1, uint64: Philox with key (seed, stream) at counter step * 2^64.
+
+    Raw bits modulo n, since numpy may change Generator.integers in any version. The bias is below n / 2^64.
+    """
+    key, counter = np.array([seed, stream], np.uint64), np.array([0, step, 0, 0], np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(size)[rows] % np.uint64(n)
 
 
 def widen(windows: Tensor) -> Batch:
-    """x, y of windows (rows, T + 1) uint16, each (rows, T) int64 on the same device; the halves of one tensor."""
+    """Return x, y of windows (rows, T + 1) uint16, each (rows, T) int64 on the same device; halves of one tensor."""
     pairs = windows.unfold(1, windows.shape[1] - 1, 1).transpose(0, 1)  # (2, rows, T), a view
     x, y = pairs.to(torch.int64, memory_format=torch.contiguous_format)
     return x, y
 
 
-def _map(path: Path) -> mmap.mmap:
-    with open(path, "rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # Without this a window of 2 KB reads 128 KB and more from the disk or the network.
-    mapping.madvise(mmap.MADV_RANDOM)
-    return mapping
-
-
-def _draw(seed: int, stream: int, step: int, size: int, rows: slice, *, n: int) -> np.ndarray:
-    """`rows` of `size` numbers of 0..n-1, uint64: draws of the Philox generator with key (seed, stream) at counter
-    step * 2^64.
-
-    Raw bits modulo n, not Generator.integers: numpy keeps only the former the same in all its versions. The bias of
-    the modulo is below n / 2^64.
-    """
-    counter = np.array([0, step, 0, 0], dtype=np.uint64)
-    philox = np.random.Philox(_Key([seed, stream]), counter)  # pyright: ignore[reportArgumentType]: the stub forgets it
-    return philox.random_raw(size)[rows] % np.uint64(n)
-
-
-class _Key(np.random.bit_generator.ISeedSequence):
-    """A key as it is. Philox(key=...) takes it too, but first asks the system for entropy that it does not use, and
-    that takes longer than the draw."""
-
-    def __init__(self, words: list[int]) -> None:
-        self.words = np.array(words, dtype=np.uint64)
-
-    def generate_state(self, n_words: int, dtype: npt.DTypeLike = np.uint32) -> np.ndarray:
-        return self.words
-
-
 def prefetch(
     windows_of: Callable[[int], Tensor], first_step: int, n_steps: int, *, device: torch.device | str
 ) -> Generator[Batch, None, None]:
-    """Yields x, y of windows_of(step) on `device` for the steps from first_step to n_steps - 1.
+    """Yield x, y of windows_of(step) on `device` for the steps from first_step to n_steps - 1.
 
-    The windows are made two steps ahead in one thread. An exception of windows_of is raised where its step is asked
-    for. Closing the iterator, also by leaving it, ends the thread.
+    One thread makes the windows two steps ahead. An exception of windows_of is raised at its step. Closing the
+    generator, also by dropping it, ends the thread.
     """
     device = torch.device(device)
 
@@ -252,3 +200,10 @@ def prefetch(
             yield widen(windows.to(device, non_blocking=True))
     finally:
         thread.shutdown(cancel_futures=True)
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapping.madvise(mmap.MADV_RANDOM)  # or a window of 2 KB reads 128 KB and more from the disk or the network
+    return mapping

@@ -1,72 +1,62 @@
-"""in_memory: token files in the memory of a node, where all of its workers read the same pages.
+"""Token files in the memory of a node (in_memory = true): one copy, which all workers of the node map.
 
-The memory is a file without a name in any file system. It is freed with the last process that has it open, however
-that dies, and /dev/shm with its own limit has no part in it.
+The copy is a memfd, a file without a name. The kernel frees it with the last process that has it open, however that
+process dies. A file in /dev/shm would outlive kill -9, and would have to fit into /dev/shm.
 """
 
 import errno
 import mmap
 import os
-import time
+import re
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from loguru import logger
 from tqdm import tqdm
 
 _CHUNK_BYTES = 2**24
-_TELL_BYTES = 2**30  # a file below this is loaded before anyone wonders
+_SLOW_BYTES = 2**30  # size from which loading is logged, with a progress bar
 
 
 class MemoryFile(NamedTuple):
-    """A file in memory, as other processes of the machine find it."""
+    """Address of a memfd for all processes of the node. The inode tells it from another file at the same address."""
 
     pid: int
     fd: int
     inode: int
 
 
-def require_memory(paths: list[Path], root: Path = Path("/")) -> None:
-    """
+def copy_to_memory(paths: list[Path], root: Path = Path("/")) -> MemoryFile:
+    """Copy files, one after the other, into a memfd. The caller closes its descriptor.
+
     Raises:
-        ValueError: the files together are larger than the memory that this process may still take.
+        ValueError: the files do not fit into the memory that is available.
     """
-    size_bytes = sum(path.stat().st_size for path in paths)
+    folder, size_bytes = paths[0].parent, sum(path.stat().st_size for path in paths)
     free_bytes = available_bytes(root)
     if free_bytes is not None and size_bytes > free_bytes:
-        raise _too_small(paths[0].parent, f"takes {_gb(size_bytes)}, but {_gb(free_bytes)} are available")
-
-
-def available_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that a process can still take: what the machine has, and what each limit around the process leaves.
-
-    Page cache counts as available. None: there is nothing to read it from under `root`, as outside of Linux.
-    """
-    machine = _numbers(root / "proc/meminfo").get("MemAvailable:")
-    groups = [_left_in_group(folder) for folder in _memory_groups(root)]
-    return min((n for n in [machine and machine * 1024, *groups] if n is not None), default=None)
-
-
-def copy_to_memory(path: Path) -> MemoryFile:
-    """The file's bytes in memory; the caller closes the descriptor, which other processes open through /proc.
-
-    Raises:
-        ValueError: the memory does not suffice after all.
-    """
-    fd = os.memfd_create(path.name)
+        raise _too_small(folder, f"takes {size_bytes / 1e9:.2f} GB, but {free_bytes / 1e9:.2f} GB are available")
+    if slow := size_bytes >= _SLOW_BYTES:
+        logger.info(f"Loading {folder} into memory, {size_bytes / 1e9:.2f} GB")
+    fd = os.memfd_create("corpus")
+    bar = tqdm(total=size_bytes, desc="corpus", unit="B", unit_scale=True, leave=False, disable=None if slow else True)
     try:
-        with open(path, "rb") as source, open(fd, "wb", closefd=False) as memory:
-            _copy(source, memory, path)
+        with bar, open(fd, "wb", closefd=False) as memory:
+            for path in paths:
+                with open(path, "rb") as source:
+                    while chunk := source.read(_CHUNK_BYTES):
+                        bar.update(memory.write(chunk))
     except OSError as error:
         os.close(fd)
         if error.errno not in (errno.ENOSPC, errno.ENOMEM):
             raise
-        raise _too_small(path.parent, f"did not fit ({error.strerror} while {path.name} was loaded)") from None
+        raise _too_small(folder, f"did not fit ({error.strerror} while it was loaded)") from None
     return MemoryFile(os.getpid(), fd, os.fstat(fd).st_ino)
 
 
 def map_memory(memory: MemoryFile) -> mmap.mmap:
-    """
+    """Map a memfd of any process of the node.
+
     Raises:
         ValueError: it cannot be opened from here.
     """
@@ -83,65 +73,38 @@ def map_memory(memory: MemoryFile) -> mmap.mmap:
         ) from None
 
 
-def _copy(source: BinaryIO, memory: BinaryIO, path: Path) -> None:
-    size_bytes = os.fstat(source.fileno()).st_size
-    start_s = time.perf_counter()
-    if tell := size_bytes >= _TELL_BYTES:
-        logger.info(f"Loading {path}, {_gb(size_bytes)}, into memory")
-    bar = tqdm(total=size_bytes, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None if tell else True)
-    with bar:
-        while chunk := source.read(_CHUNK_BYTES):
-            memory.write(chunk)
-            bar.update(len(chunk))
-    if tell:
-        logger.info(f"Loaded {path} in {time.perf_counter() - start_s:.1f} s")
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that a process can still take: what the machine has, within the limits of the control groups around it.
 
-
-def _memory_groups(root: Path) -> list[Path]:
-    """Folders of the process's memory control group and of those around it, version 2 and version 1.
-
-    Inside a container the path may be the host's: then only some of the folders exist.
+    Page cache counts as available. None means that `root` does not tell, as outside of Linux.
     """
-    folders: list[Path] = []
+    left = [1024 * int(kb) for kb in re.findall(r"MemAvailable: +(\d+)", _text(root / "proc/meminfo"))]
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "" or "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-            parts = Path(path).parts[1:]
-            folders += [mount.joinpath(*parts[:n]) for n in range(len(parts) + 1)]
-    return folders
+        if controllers == "" or "memory" in controllers.split(","):  # version 2, or version 1
+            # Inside a container the path may be the host's: then only some of the folders exist.
+            group = root / "sys/fs/cgroup" / ("memory" if controllers else "") / path.lstrip("/")
+            left += [n for folder in (group, *group.parents) if (n := _left_in_group(folder)) is not None]
+    return min(left, default=None)
 
 
 def _left_in_group(folder: Path) -> int | None:
-    """Limit - usage + page cache in bytes; None without a limit."""
-    stat = _numbers(folder / "memory.stat")
-    for limit_name, usage_name, prefix in (
-        ("memory.max", "memory.current", ""),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-    ):
-        limit, usage = _text(folder / limit_name).strip(), _text(folder / usage_name).strip()
-        if limit.isdigit() and usage.isdigit():  # not "max"
-            cache = stat.get(f"{prefix}active_file", 0) + stat.get(f"{prefix}inactive_file", 0)
-            return max(0, int(limit) - int(usage) + cache)
-    return None
-
-
-def _numbers(path: Path) -> dict[str, int]:
-    """Of lines such as "MemAvailable:  8000 kB"."""
-    lines = [line.split() for line in _text(path).splitlines()]
-    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}
+    """Limit - usage + page cache of a control group in bytes. None means that it has no limit."""
+    limit = _text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes")
+    usage = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
+    if not (limit.isdigit() and usage.isdigit()):  # "max", or no such file
+        return None
+    stat = dict(re.findall(r"(\w+) (\d+)", _text(folder / "memory.stat")))
+    cache = [int(stat.get(f"total_{name}", stat.get(name, 0))) for name in ("active_file", "inactive_file")]
+    return max(0, int(limit) - int(usage) + sum(cache))
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text().strip()
     except OSError:
         return ""
 
 
-def _too_small(corpus: Path, what: str) -> ValueError:
-    return ValueError(f"in_memory = true: the corpus in {corpus} {what}; set in_memory = false")
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB"
+def _too_small(folder: Path, reason: str) -> ValueError:
+    return ValueError(f"in_memory = true: the corpus in {folder} {reason}; set in_memory = false")

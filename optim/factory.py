@@ -1,4 +1,4 @@
-"""The optimizer that a configuration names, with the parameters in their decay groups."""
+"""The optimizer that a configuration names, with the parameters in two groups: with and without weight decay."""
 
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(module: nn.Module, cfg: "OptimConfig", lr: float, *, compile: bool = True) -> Optimizer:
-    """An optimizer with two groups: matrices and embeddings, which decay, then biases and gains, which do not.
+    """Return an optimizer with two groups: first matrices and embeddings, which decay, then biases and gains.
 
-    compile is for AccumAdamW.
+    compile concerns AccumAdamW only.
     """
     params = [p for p in module.parameters() if p.requires_grad]
     groups = [

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 def lr_at(step: int, schedule: "LRSchedule", n_steps: int) -> float:
     """Learning rate of a 0-based step: linear warm-up, then cosine to eta_min (Loshchilov & Hutter 2017).
 
-    Step warmup_steps - 1 has exactly schedule.lr, step n_steps - 1 exactly schedule.eta_min.
+    It is exactly schedule.lr at step warmup_steps - 1, and exactly schedule.eta_min at step n_steps - 1.
 
     Raises:
         ValueError: warmup_steps is not below n_steps, or step is not in [0, n_steps).

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -70,7 +69,8 @@ def test_logits_equal_hugging_faces_gpt2(reference: GPT2LMHeadModel, T: int) -> 
 def test_loss_and_gradients_equal_hugging_faces_gpt2(reference: GPT2LMHeadModel) -> None:
     model = with_weights_of(reference)
     idx = tokens(3, CONTEXT)
-    _, loss = model(idx[:, :-1], idx[:, 1:].contiguous())
+    logits, loss = model(idx[:, :-1], idx[:, 1:].contiguous())
+    assert logits is None
     expected = reference(idx, labels=idx).loss
     torch.testing.assert_close(loss, expected)
     reference.zero_grad()
@@ -80,7 +80,7 @@ def test_loss_and_gradients_equal_hugging_faces_gpt2(reference: GPT2LMHeadModel)
     for name, p in reference.transformer.named_parameters():
         assert p.grad is not None
         grad = p.grad.T if name.endswith(TRANSPOSED) else p.grad
-        torch.testing.assert_close(gradients[name], grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients[name], grad, rtol=1e-4, atol=1e-6)  # wte's has input and output
 
 
 def test_parameters_have_gpt2s_names_and_no_second_output_layer(reference: GPT2LMHeadModel) -> None:
@@ -88,23 +88,18 @@ def test_parameters_have_gpt2s_names_and_no_second_output_layer(reference: GPT2L
     assert list(tiny().state_dict()) == names
 
 
-def test_without_bias_only_weights_remain() -> None:
+def test_a_model_without_bias_has_weights_only() -> None:
     with_bias, without = tiny().state_dict(), tiny(bias=False).state_dict()
     assert list(without) == [name for name in with_bias if not name.endswith("bias")]
 
 
-def test_gpt2_small_has_its_published_number_of_parameters() -> None:
+def test_gpt2_small_has_its_published_size_and_flops() -> None:
     with torch.device("meta"):
         model = GPT(ModelConfig(vocab_size=50257, bias=True), 1024)
     assert model.num_params(non_embedding=False) == 124_439_808
     assert model.num_params() == 124_439_808 - 1024 * 768
-
-
-def test_flops_per_token_of_gpt2_small() -> None:
-    # N = 50304*768 + 12 * (12 * 768^2 + 2*768) + 768 = 123,587,328;  6 N + 12 * 12 * 768 * 1024
-    with torch.device("meta"):
-        model = GPT(ModelConfig(), 1024)
-    assert model.flops_per_token() == 6 * 123_587_328 + 12 * 12 * 12 * 64 * 1024
+    # 6 N + 12 L H Q T
+    assert model.flops_per_token() == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 12 * 64 * 1024
 
 
 def test_initialisation_is_gpt2s() -> None:
@@ -123,19 +118,9 @@ def test_initialisation_is_gpt2s() -> None:
             assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel())
 
 
-def test_loss_at_the_start_is_ln_of_the_vocabulary() -> None:
+def test_initial_loss_is_ln_of_the_vocabulary() -> None:
     _, loss = tiny()(tokens(8, CONTEXT), tokens(8, CONTEXT, seed=2))
     assert loss.item() == pytest.approx(math.log(TINY.vocab_size), abs=0.05)
-
-
-def test_loss_is_the_mean_of_minus_log_softmax(reference: GPT2LMHeadModel) -> None:
-    model = with_weights_of(reference)
-    idx, targets = tokens(3, 5), tokens(3, 5, seed=2)
-    logits, loss = model(idx, targets)
-    assert logits is None
-    log_p = logits_of(model, idx).detach().double().log_softmax(dim=-1)
-    expected = -sum(log_p[b, t, targets[b, t]] for b in range(3) for t in range(5)) / 15
-    assert loss.item() == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
@@ -145,25 +130,9 @@ def test_micro_batches_and_loss_scaling_leave_the_gradient(scale: float) -> None
     whole(idx, targets)[1].backward()
     for rows in (slice(0, 2), slice(2, 4)):
         (split(idx[rows], targets[rows])[1] / 2 * scale).backward()
-    for a, b in zip(whole.parameters(), split.parameters(), strict=True):
-        assert a.grad is not None
-        assert b.grad is not None
-        torch.testing.assert_close(b.grad / scale, a.grad, rtol=1e-4, atol=1e-7)
-
-
-def test_the_embedding_gets_the_gradients_of_input_and_output() -> None:
-    # The output layer touches every row of wte, the input only the rows of tokens that occur.
-    model = tiny()
-    idx = torch.zeros(1, 3, dtype=torch.int64)
-    model(idx, idx + 1)[1].backward()
-    whole = model.wte.weight.grad
-    assert whole is not None
-    x = model._hidden(idx).detach()
-    weight = model.wte.weight.detach().clone().requires_grad_()
-    F.cross_entropy(F.linear(x, weight)[0], idx[0] + 1).backward()
-    assert weight.grad is not None
-    torch.testing.assert_close(whole[1:], weight.grad[1:])
-    assert (whole[0] - weight.grad[0]).norm() > 0.01 * whole[0].norm()
+    grads = [[p.grad for p in model.parameters() if p.grad is not None] for model in (whole, split)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(b / scale, a, rtol=1e-4, atol=1e-7)
 
 
 @given(T=st.integers(2, CONTEXT), data=st.data())
@@ -203,9 +172,9 @@ def test_a_sequence_above_the_context_is_an_error() -> None:
         tiny()(tokens(1, CONTEXT + 1))
 
 
-def test_compiled_in_place_it_has_the_same_names_loss_and_gradients() -> None:
+def test_compiling_in_place_keeps_names_loss_and_gradients() -> None:
     idx, targets = tokens(2, 4), tokens(2, 4, seed=2)
-    eager, compiled = tiny(), tiny()
+    eager, compiled = tiny(n_layers=1), tiny(n_layers=1)
     compiled.compile(backend="aot_eager")  # traces forward and backward, without a compiler
     assert list(compiled.state_dict()) == list(eager.state_dict())
     losses = [model(idx, targets)[1] for model in (eager, compiled)]
@@ -217,7 +186,7 @@ def test_compiled_in_place_it_has_the_same_names_loss_and_gradients() -> None:
 
 
 @pytest.mark.parametrize("top_k", [None, 1])
-def test_greedy_takes_the_most_likely_token_of_the_last_position(top_k: int | None) -> None:
+def test_greedy_sampling_takes_the_most_likely_token(top_k: int | None) -> None:
     model = tiny().eval()
     idx = tokens(2, 3)
     out = model.generate(idx, 5, temperature=0.0 if top_k is None else 1.0, top_k=top_k)
@@ -226,7 +195,7 @@ def test_greedy_takes_the_most_likely_token_of_the_last_position(top_k: int | No
     assert torch.equal(out, idx)
 
 
-def test_generation_sees_the_last_tokens_of_the_context_only() -> None:
+def test_generation_reads_only_the_last_context_length_tokens() -> None:
     model = tiny().eval()
     long = tokens(1, CONTEXT + 4)
     out = model.generate(long, CONTEXT, temperature=0.0)
@@ -235,7 +204,7 @@ def test_generation_sees_the_last_tokens_of_the_context_only() -> None:
     assert torch.equal(out[:, 4:], model.generate(long[:, 4:], CONTEXT, temperature=0.0))
 
 
-def test_the_generator_decides_what_is_sampled() -> None:
+def test_the_generator_determines_the_samples() -> None:
     model = tiny().eval()
     idx = tokens(2, 3)
     a, b, c = (model.generate(idx, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
@@ -245,7 +214,7 @@ def test_the_generator_decides_what_is_sampled() -> None:
 
 @given(vocab_size=st.integers(1, 60), top_k=st.integers(1, 60), seed=st.integers(0, 2**32))
 @settings(max_examples=20)
-def test_only_the_k_most_likely_ids_below_vocab_size_are_sampled(vocab_size: int, top_k: int, seed: int) -> None:
+def test_sampling_takes_one_of_the_k_most_likely_ids(vocab_size: int, top_k: int, seed: int) -> None:
     model = tiny().eval()
     idx = tokens(4, 3)
     generator = torch.Generator().manual_seed(seed)
@@ -263,7 +232,7 @@ def test_samples_follow_the_softmax_at_the_temperature() -> None:
     new = model.generate(idx, 1, temperature=2.0, generator=torch.Generator().manual_seed(0))[:, 1]
     expected = (logits_of(model, idx[:1])[0, -1] / 2).softmax(dim=-1)
     assert expected.max() > 0.4
-    # a frequency of 20,000 samples has a standard deviation of at most 0.0036
+    # a frequency of 20,000 samples has a standard deviation of at most 0.0036: four of them
     torch.testing.assert_close(new.bincount(minlength=3) / len(new), expected, rtol=0, atol=0.015)
 
 

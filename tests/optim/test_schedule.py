@@ -1,4 +1,4 @@
-"""The learning rate: its values at the ends and at the joint, and its shape between them."""
+"""The learning rate: exact values at the ends and at the joint, and the shape between them."""
 
 from itertools import pairwise
 
@@ -31,7 +31,7 @@ def test_last_step_has_exactly_eta_min(case: tuple[LRSchedule, int]) -> None:
 
 
 @given(schedules())
-def test_rises_through_the_warmup_and_never_after_it(case: tuple[LRSchedule, int]) -> None:
+def test_the_rate_rises_in_the_warmup_and_never_later(case: tuple[LRSchedule, int]) -> None:
     schedule, n_steps = case
     lrs = [lr_at(step, schedule, n_steps) for step in range(n_steps)]
     warmup = lrs[: schedule.warmup_steps]
@@ -44,7 +44,7 @@ def test_rises_through_the_warmup_and_never_after_it(case: tuple[LRSchedule, int
 
 
 @given(schedules())
-def test_no_two_steps_differ_by_more_than_the_steepest_slope(case: tuple[LRSchedule, int]) -> None:
+def test_neighbouring_steps_differ_by_at_most_the_steepest_slope(case: tuple[LRSchedule, int]) -> None:
     # so it is continuous at the joint; a cosine's steepest slope is pi/2 times its mean slope
     schedule, n_steps = case
     lrs = [lr_at(step, schedule, n_steps) for step in range(n_steps)]
@@ -54,7 +54,7 @@ def test_no_two_steps_differ_by_more_than_the_steepest_slope(case: tuple[LRSched
     assert all(abs(a - b) <= max(rise, decay) * (1 + 1e-9) + ulp for a, b in pairwise(lrs))
 
 
-def test_halfway_down_the_cosine_is_the_mean_of_both_ends() -> None:
+def test_the_middle_of_the_cosine_is_the_mean_of_both_ends() -> None:
     schedule = LRSchedule(lr=6e-4, warmup_steps=2000, eta_min=6e-5)
     assert lr_at(2000 + 500 - 1, schedule, 3000) == pytest.approx(3.3e-4, rel=1e-12)
 
