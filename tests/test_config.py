@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import tempfile
 from operator import attrgetter
 from pathlib import Path
@@ -316,8 +317,9 @@ def test_micro_batches_divide_the_global_batch(world_size: int, micro: int | Non
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda path: path.name)
-def test_shipped_configurations_load(path: Path) -> None:
+def test_shipped_configurations_load_with_and_without_their_options(tmp_path: Path, path: Path) -> None:
     load_config(path)
+    load(tmp_path, re.sub(r"(?m)^# (?=\w+ = )", "", path.read_text()))
 
 
 # What the code calls a section that it is handed; others are read as cfg.<section>.<key>.
