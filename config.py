@@ -1,25 +1,31 @@
-"""What a TOML configuration may say: every key with its type, bound, default and meaning.
+"""Schema of the TOML configuration: every key with its type, bounds, default and description.
 
 `load_config` checks everything that can be checked without looking at the machine; what depends on the number of
-workers is a method that takes it. Reads no environment variable and does not import torch.
+workers is a method that takes it. docs/configuration.md is printed from here by scripts/print_configuration.py.
 """
 
 import difflib
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import tomli
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Backend = Literal["decentdp", "pytorchddp"]
 TopologyName = Literal["complete", "exp", "ring", "alternating-exp-ring"]
+CommDtype = Literal["float32", "bfloat16"]
 OptimizerName = Literal["accumadamw", "adamw"]
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Timeout = Annotated[float, Field(gt=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+VocabSize = Annotated[int, Field(ge=1, le=2**16)]  # tokens are stored as uint16
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # of a folder: not "..", no "/"
 
 
@@ -27,7 +33,18 @@ def _job_id_as_text(value: object) -> object:
     return str(value) if type(value) is int else value
 
 
+def _expand_home(path: str) -> str:
+    """Return the path with a leading ~ expanded, as a shell would; $NAME is refused."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"{expanded.split('/')[0]} is not the home of a user; write ./~ for a folder with that name")
+    if variable := re.search(r"\$(\w+|{\w+})", path):
+        raise ValueError(f"{variable[0]} is not expanded here: write the path itself, or let the shell expand it")
+    return expanded
+
+
 RunName = Annotated[Name, BeforeValidator(_job_id_as_text)]  # log.run_name=3197816 on a command line is a number
+PathText = Annotated[str, AfterValidator(_expand_home)]
 
 
 class Section(BaseModel):
@@ -37,14 +54,16 @@ class Section(BaseModel):
 
 
 class LogConfig(Section):
-    wandb_log: bool = True  # report to Weights & Biases
-    wandb_project: str = "gpt2-owt"
-    eval_interval: Count = 1000  # steps between two evaluations
-    eval_steps: Count = 200  # global batches per evaluation and split
-    eval_full: bool = False  # the validation loss is that of the whole split, whatever eval_steps, batch and workers
-    checkpoint_interval: Count | None = None  # steps between two checkpoints; None: eval_interval
-    keep_checkpoints: Count = 2  # the newest so many stay
-    run_name: RunName | None = None  # folder in log_dir; None: SLURM_JOB_ID, else the time
+    wandb_log: bool = Field(default=True, description="report to Weights & Biases (`WANDB_MODE=offline` works)")
+    wandb_project: str = Field(default="gpt2-owt", description="project of Weights & Biases")
+    eval_interval: Count = Field(default=1000, description="steps between two evaluations")
+    eval_steps: Count = Field(default=200, description="global batches per evaluation and split")
+    eval_full: bool = Field(default=False, description="take the validation loss over the whole of `val.bin`")
+    checkpoint_interval: Count | None = Field(
+        default=None, description="steps between two checkpoints; None means `eval_interval`"
+    )
+    keep_checkpoints: Count = Field(default=2, description="number of checkpoints that stay, the newest ones")
+    run_name: RunName | None = Field(default=None, description="run folder; None means the SLURM job id, else the time")
 
 
 def _usual_betas(optim: dict[str, Any]) -> tuple[float, float]:
@@ -52,18 +71,22 @@ def _usual_betas(optim: dict[str, Any]) -> tuple[float, float]:
 
 
 class OptimConfig(Section):
-    name: OptimizerName = "accumadamw"
-    betas: tuple[Fraction, Fraction] = Field(default_factory=_usual_betas, strict=False)  # TOML has lists, no tuples
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.1  # of parameters with two or more dimensions
-    accum_steps: Count = 8  # accumadamw: window of the moments, in optimizer steps; adamw does not read it
+    name: OptimizerName = Field(default="accumadamw", description="optimizer; both work with both backends")
+    betas: tuple[Fraction, Fraction] = Field(
+        default_factory=_usual_betas,
+        strict=False,  # TOML has lists, no tuples
+        description="decay of the first and second moment; adamw's default is `[0.9, 0.95]`",
+    )
+    eps: Positive = Field(default=1e-8, description="added to the root of the second moment")
+    weight_decay: NonNegative = Field(default=0.1, description="decay of parameters with two or more dimensions")
+    accum_steps: Count = Field(default=8, description="accumadamw: steps per update of moments; try half the workers")
 
 
 class LRSchedule(Section):
-    name: Literal["cosine"] = "cosine"
-    lr: NonNegative = 6e-4  # at the end of the warm-up
-    warmup_steps: Annotated[int, Field(ge=0)] = 2000
-    eta_min: NonNegative = 6e-5  # in the last step
+    name: Literal["cosine"] = Field(default="cosine", description="linear warm-up, then half a cosine to `eta_min`")
+    lr: NonNegative = Field(default=6e-4, description="learning rate at the end of the warm-up")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=2000, description="steps of warm-up, below `n_steps`")
+    eta_min: NonNegative = Field(default=6e-5, description="learning rate in the last step, at most `lr`")
 
     @model_validator(mode="after")
     def _eta_min_below_lr(self) -> "LRSchedule":
@@ -73,20 +96,30 @@ class LRSchedule(Section):
 
 
 class TrainConfig(Section):
-    backend: Backend = "decentdp"
-    topology: TopologyName | None = None  # decentdp: who averages with whom; None: as the number of nodes suggests
-    comm_dtype: Literal["float32", "bfloat16"] = "float32"  # decentdp: what travels between pairs and between nodes
-    gossip_every: Count = 1  # decentdp: steps between two exchanges; each hides behind that many steps
-    stop_on_nan: bool = True  # end the run when a loss is not finite; its checkpoints stay
-    timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 600.0  # how long a worker waits for another one at most
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    global_batch_size: Count = 480  # sequences per step, over all workers
-    micro_batch_size: Count | None = None  # sequences per forward and backward; None: a worker's whole share
-    context_length: Count = 1024  # tokens per sequence
-    n_steps: Count = 600_000
-    grad_norm_clip: NonNegative = 1.0  # global norm of a worker's gradient; 0: off
-    compile: bool = True  # torch.compile the model
-    amp: bool = True  # bfloat16 autocast, or float16 where the GPU lacks it
+    backend: Backend = Field(default="decentdp", description="decentralized, or All-Reduce (pytorchddp)")
+    topology: TopologyName | None = Field(
+        default=None, description="decentdp: None means alternating-exp-ring on an even number of nodes, else exp"
+    )
+    comm_dtype: CommDtype = Field(default="float32", description="decentdp: bfloat16 halves traffic; not for complete")
+    gossip_every: Count = Field(default=1, description="decentdp: steps between exchanges; more for slower networks")
+    stop_on_nan: bool = Field(default=True, description="end the run when a loss is not finite; its checkpoints stay")
+    timeout_s: Timeout = Field(default=600.0, description="seconds that a worker waits for another one before it ends")
+    seed: Seed = Field(default=42, description="seed of initialisation, batches and dropout")
+    global_batch_size: Count = Field(
+        default=480, description="sequences per step over all workers; a multiple of workers x `micro_batch_size`"
+    )
+    micro_batch_size: Count | None = Field(
+        default=None, description="sequences per forward and backward pass; None means a worker's whole share"
+    )
+    context_length: Count = Field(default=1024, description="tokens per sequence")
+    n_steps: Count = Field(default=600_000, description="optimizer steps")
+    grad_norm_clip: NonNegative = Field(
+        default=1.0, description="largest global norm of a worker's gradient; 0 means no clipping"
+    )
+    compile: bool = Field(default=True, description="`torch.compile` the model; on a CPU this needs a C++ compiler")
+    amp: bool = Field(
+        default=True, description="bfloat16 autocast; where unsupported, float16 on GPUs and float32 on CPUs"
+    )
     optim: OptimConfig = OptimConfig()
     lr_schedule: LRSchedule = LRSchedule()
 
@@ -138,12 +171,12 @@ class TrainConfig(Section):
 
 
 class ModelConfig(Section):
-    n_layers: Count = 12
-    n_heads: Count = 12
-    n_embd: Count = 768  # channels
-    dropout: Fraction = 0.0
-    vocab_size: Annotated[int, Field(ge=1, le=2**16)] = 50304  # tokens are stored as uint16
-    bias: bool = False  # in linear layers and layer norms
+    n_layers: Count = Field(default=12, description="transformer blocks")
+    n_heads: Count = Field(default=12, description="attention heads per block, a divisor of `n_embd`")
+    n_embd: Count = Field(default=768, description="channels")
+    dropout: Fraction = Field(default=0.0, description="probability of dropping an activation during training")
+    vocab_size: VocabSize = Field(default=50304, description="GPT-2 has 50257; a multiple of 64 is faster on GPUs")
+    bias: bool = Field(default=False, description="biases in linear layers and layer norms")
 
     @model_validator(mode="after")
     def _heads_divide_channels(self) -> "ModelConfig":
@@ -153,21 +186,27 @@ class ModelConfig(Section):
 
 
 class Config(Section):
-    log_dir: str = "./log"
-    dataset: Name = "openwebtext"  # a folder of data/
-    data_dir: str = Field(default_factory=lambda config: f"./data/{config['dataset']}")  # holds train.bin and val.bin
-    in_memory: bool = True  # read the corpus into memory once per node, instead of mapping the files
-    checkpoint: str = ""  # where to start: a checkpoint or a run directory; "": from scratch, or where this run was
+    log_dir: PathText = Field(default="./log", description="folder of the run directories")
+    dataset: Name = Field(default="openwebtext", description="folder in `data/`: openwebtext, sotu, or your own")
+    data_dir: PathText = Field(
+        default_factory=lambda config: f"./data/{config['dataset']}",
+        description="folder of `train.bin` and `val.bin`, by default `./data/<dataset>`",
+    )
+    in_memory: bool = Field(default=True, description="load the corpus into memory once per node; false maps its files")
+    checkpoint: PathText = Field(
+        default="",
+        description="checkpoint or run directory to start from; empty means this run's own, else from scratch",
+    )
     log: LogConfig = LogConfig()
     train: TrainConfig = TrainConfig()
     model: ModelConfig = ModelConfig()
 
-    def evaluates_after(self, n_steps: int) -> bool:
-        return n_steps % self.log.eval_interval == 0 or n_steps == self.train.n_steps
+    def evaluates_after(self, done: int) -> bool:
+        return done % self.log.eval_interval == 0 or done == self.train.n_steps
 
-    def saves_after(self, n_steps: int) -> bool:
+    def saves_after(self, done: int) -> bool:
         interval = self.log.checkpoint_interval or self.log.eval_interval
-        return n_steps % interval == 0 or n_steps == self.train.n_steps
+        return done % interval == 0 or done == self.train.n_steps
 
     def to_toml(self) -> str:
         """The whole resolved configuration; `load_config` reads it back to an equal one."""
@@ -233,13 +272,14 @@ def _first_mistake(error: ValidationError) -> str:
         in_another_table = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
         near = in_another_table or difflib.get_close_matches(key, known, n=1)
         return f"unknown key {key}" + (f'; did you mean "{near[0]}"?' if near else "") + more
-    if first["type"] == "value_error":
-        return f"{key}.{first['msg'].removeprefix('Value error, ')}{more}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if first["type"] == "value_error" and isinstance(first["input"], dict):
+        return f"{key}.{message}{more}"  # the check of a table names the key itself
     if first["type"] == "model_type":
         return f"{key} = {first['input']!r}: should be a table{more}"
     if first["type"] == "missing":
         return f"{key} is missing{more}"
-    return f"{key} = {first['input']!r}: {first['msg'].removeprefix('Input ')}{more}"
+    return f"{key} = {first['input']!r}: {message}{more}"
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
