@@ -1,6 +1,6 @@
 """Print docs/configuration.md: every key of config.py with its values, default and meaning.
 
-python scripts/print_configuration.py >docs/configuration.md
+Run it after every change of a key: python scripts/print_configuration.py >docs/configuration.md
 """
 
 import json
