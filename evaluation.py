@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config
-from data import TokenDataset, prefetch
-from data.loader import Split
+from data.loader import Split, TokenDataset, prefetch
 from decent import World
 
 IGNORED = -100  # a target that PyTorch's cross entropy leaves out of its mean

@@ -19,9 +19,8 @@ from loguru import logger
 from torch import Tensor, nn
 
 from config import Config, load_config
-from data import TokenDataset
-from data.loader import TokenError
-from data.meta import check_meta, read_meta
+from data.corpus import check_meta, read_meta
+from data.loader import TokenDataset, TokenError
 from decent import (
     AllReduceDP,
     Checkpoints,

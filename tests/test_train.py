@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from config import ModelConfig, load_config
-from data import TokenDataset
+from data.loader import TokenDataset
 from model import GPT
 from optim import lr_at
 from report import append_line
