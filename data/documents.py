@@ -4,6 +4,7 @@ A corpus is cut into shards, a file or a row group of a .parquet file, which pro
 The order of the shards is the order of the documents. One document, or one batch of rows, is in memory at a time.
 """
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -16,10 +17,10 @@ import urllib.error
 import urllib.request
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
@@ -39,28 +40,6 @@ class Bad(NamedTuple):
         return f"{self.where}: {self.reason}"
 
 
-class Corpus(Protocol):
-    """Documents in shards. name is for people; sizes holds the bytes of each shard, or 1 where they are unknown."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def sizes(self) -> Sequence[int]: ...
-
-    def fingerprint(self) -> str:
-        """Return a text that changes when the documents do."""
-        ...
-
-    def read(self, shard: int) -> Iterator[tuple[str | Bad, int]]:
-        """Yield the documents of a shard in order, each with how much of sizes[shard] is read.
-
-        Raises:
-            OSError, ValueError: the shard cannot be read now, which says nothing about its bytes.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class TextFiles:
     """.txt files, a document each, and .jsonl and .jsonl.gz files, a document a line; every file is a shard."""
@@ -74,53 +53,45 @@ class TextFiles:
         return file_fingerprint(self.files, self.text_key)
 
     def read(self, shard: int) -> Iterator[tuple[str | Bad, int]]:
-        path = self.files[shard]
-        if path.endswith(".txt"):
-            data = Path(path).read_bytes()
-            try:
-                yield data.decode("utf-8-sig"), len(data)
-            except UnicodeDecodeError as error:
-                yield Bad(path, f"is not UTF-8 (byte {error.start})"), len(data)
-            return
-        number = 0
+        """Yield the documents of a shard in order, each with the bytes of sizes[shard] that are read."""
+        path, number = self.files[shard], 0
         with open(path, "rb") as file:
+            if path.endswith(".txt"):
+                yield _decode(file.read().removeprefix(codecs.BOM_UTF8), path), self.sizes[shard]
+                return
             lines = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
             try:
                 for number, line in enumerate(lines, 1):
                     if not line.isspace():
-                        yield self._parse(line, path, number), file.tell()
+                        yield _text_of(line, self.text_key, path, number), file.tell()
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 yield Bad(f"{path}, near line {number + 1}", f"the compressed file is broken ({error})"), file.tell()
 
-    def _parse(self, line: bytes, path: str, number: int) -> str | Bad:
-        try:
-            text = text_of(line, self.text_key)
-        except (ValueError, RecursionError) as error:
-            return Bad(f"{path}, line {number}", first_line(error))
-        return text
+
+def _decode(data: bytes, where: str) -> str | Bad:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return Bad(where, f"is not UTF-8 (byte {error.start})")
 
 
-def text_of(line: bytes, text_key: str) -> str:
-    """Return the text of a line of JSON.
-
-    Raises:
-        ValueError, RecursionError: the line holds none.
-    """
+def _text_of(line: bytes, text_key: str, path: str, number: int) -> str | Bad:
     try:
         value = from_json(line, cache_strings=False)  # pydantic's parser: three times as fast as json
     except ValueError:
         try:
             value = json.loads(line)  # also takes half a surrogate pair, and a byte order mark
-        except ValueError as error:
-            raise ValueError(f"is not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            return Bad(f"{path}, line {number}", f"is not JSON ({first_line(error)})")
     if not isinstance(value, dict):
-        raise ValueError(f'is not a JSON object with a key "{text_key}"')
-    if text_key not in value:
-        raise ValueError(f'has no key "{text_key}"; {_choice([key for key in value if isinstance(value[key], str)])}')
-    text = value[text_key]
-    if not isinstance(text, str):
-        raise ValueError(f'"{text_key}" is not text but {json.dumps(text)[:40]}')
-    return text
+        reason = f'is not a JSON object with a key "{text_key}"'
+    elif text_key not in value:
+        reason = f'has no key "{text_key}"; {_choice([key for key in value if isinstance(value[key], str)])}'
+    elif not isinstance(value[text_key], str):
+        reason = f'"{text_key}" is not text but {json.dumps(value[text_key])[:40]}'
+    else:
+        return value[text_key]
+    return Bad(f"{path}, line {number}", reason)
 
 
 @dataclass(frozen=True)
@@ -144,22 +115,27 @@ class Rows:
         return file_fingerprint(self.files, self.identity)
 
     def read(self, shard: int) -> Iterator[tuple[str | Bad, int]]:
+        """Yield the documents of a shard in order, each with 0: the shard is not read to its end.
+
+        Raises:
+            ValueError: the shard cannot be read now, which says nothing about its bytes.
+        """
         import pyarrow as pa
 
         if shard < len(self.bad):
-            yield self.bad[shard], 1
+            yield self.bad[shard], 0
             return
-        shard -= len(self.bad)
-        row = 0
+        shard, row = shard - len(self.bad), 0
         try:
-            rows = self.dataset.shard(self.dataset.num_shards, shard)
-            for batch in rows.with_format("arrow").iter(_ROWS):
-                for value in _texts_or_bytes(batch.column(0)):
+            rows = self.dataset.shard(self.dataset.num_shards, shard).with_format("arrow")
+            for batch in rows.iter(_ROWS):
+                for data in batch.column(0).cast(pa.large_binary()).to_pylist():
                     row += 1
-                    yield _text_or_bad(value, lambda row=row: self._place(shard, row)), 0
+                    text = Bad("", "is null") if data is None else _decode(data, "")
+                    yield text if isinstance(text, str) else text._replace(where=self._place(shard, row)), 0
         except Exception as error:
             broken = isinstance(error, pa.ArrowInvalid) or (self.files and type(error) is OSError and not error.errno)
-            if not broken:  # memory, the disk, or the network: other rows may follow in another run
+            if not broken:  # memory, the disk, or the network
                 raise ValueError(f"{self._place(shard, row)}: cannot be read now ({first_line(error)})") from None
             yield Bad(self._place(shard, row), f"the rest cannot be read ({first_line(error)})"), 0
 
@@ -174,6 +150,9 @@ class Rows:
                 return f"{path}, row {row + sum(metadata.row_group(i).num_rows for i in range(shard))}"
             shard -= metadata.num_row_groups
         return f"{self.name}, row {row} of shard {shard}"
+
+
+Corpus = TextFiles | Rows
 
 
 def local_files(patterns: list[str], text_key: str) -> Corpus:
@@ -209,15 +188,14 @@ def parquet_files(name: str, files: Sequence[str], text_key: str) -> Rows:
             bad.append(Bad(path, first_line(error)))
     unreadable = {path for path, _ in bad}
     good = [glob.escape(os.path.abspath(path)) for path in files if path not in unreadable]
-    options = pyarrow.dataset.ParquetFragmentScanOptions(
-        use_buffered_stream=True,
-        buffer_size=2**20,
-        page_checksum_verification=True,  # else it reads whole columns
-    )
     dataset = None
     if good:
-        options = {"data_files": good, "columns": [text_key], "fragment_scan_options": options}
-        dataset = _load_streaming("parquet", **options).reshard()
+        scan = pyarrow.dataset.ParquetFragmentScanOptions(
+            use_buffered_stream=True,  # or whole columns of a row group are read
+            buffer_size=2**20,
+            page_checksum_verification=True,
+        )
+        dataset = _load_streaming("parquet", data_files=good, columns=[text_key], fragment_scan_options=scan).reshard()
     return Rows(name, dataset, text_key, tuple(files), tuple(bad))
 
 
@@ -248,25 +226,20 @@ def hub_dataset(name: str, config: str | None, revision: str | None, text_key: s
 
 
 def ask_hub(endpoint: str) -> None:
-    """Return once the hub gives any answer.
-
-    Raises:
-        ValueError: there is none within ANSWER_S. Time-outs of a library hold for each address of a host, so a thread
-            asks, and is abandoned.
-    """
-    failures: list[str] = [f"no answer within {ANSWER_S:g} s"]
+    """Return once the hub gives any answer. Raises ValueError if there is none within ANSWER_S."""
+    failures = [f"no answer within {ANSWER_S:g} s"]
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=ANSWER_S).close()
-            failures.clear()
         except urllib.error.HTTPError as error:
             error.close()
-            failures.clear()
         except Exception as error:
             failures[0] = first_line(error)
+            return
+        failures.clear()
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)  # abandoned: time-outs hold for each address of a host
     thread.start()
     thread.join(ANSWER_S)
     if failures:
@@ -312,27 +285,6 @@ def _check_column(schema: Any, text_key: str) -> None:
         raise ValueError(f'{found} "{text_key}"; {_choice(names)}')
 
 
-def _texts_or_bytes(column: Any) -> list[Any]:
-    """Return the rows as texts; if one of them is not UTF-8, all as bytes, so that the others are not lost with it."""
-    import pyarrow as pa
-
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return column.cast(pa.large_binary()).to_pylist()
-
-
-def _text_or_bad(value: object, place: Callable[[], str]) -> str | Bad:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return Bad(place(), f"is not UTF-8 (byte {error.start})")
-    return Bad(place(), "is null")
-
-
 def find_files(patterns: list[str]) -> tuple[tuple[str, ...], Sequence[int]]:
     """Return the files that match, sorted by folder and name, each once by whatever names, and their sizes in bytes.
 
@@ -373,7 +325,9 @@ def user_path(text: str, option: str) -> str:
     Raises:
         ValueError: it holds $NAME, which only a shell expands.
     """
-    if (match := re.search(r"\$\w+|\$\{\w+\}", text)) and not os.path.exists(text):
+    if os.path.exists(text):
+        return text
+    if match := re.search(r"\$\w+|\$\{\w+\}", text):
         raise ValueError(
             f"{option} {text}: {match[0]} is not expanded; write the path itself, or do not quote it in '...'"
         )
