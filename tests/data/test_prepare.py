@@ -338,8 +338,8 @@ def wait_until(condition: Callable[[], object]) -> None:
 @pytest.mark.fault
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, "child"])
 def test_a_killed_run_leaves_no_process_and_is_resumed(tmp_path: Path, how: signal.Signals | str) -> None:
-    rows, out = texts(1000, longest=200) * 12, tmp_path / "out"
-    folder = many_files(tmp_path / "in", rows * 2, 3)  # about 20 MB
+    rows, out = texts(1000, longest=200) * 9, tmp_path / "out"
+    folder = many_files(tmp_path / "in", rows, 3)  # a part each
     command = ["--input", folder, "--out", out, "--num-proc", 2, "--tokenizer", "tiktoken", "--val-fraction", 0.0005]
     script = [sys.executable, str(ROOT / "data" / "openwebtext" / "prepare.py"), *map(str, command)]
     process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True, start_new_session=True)
