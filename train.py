@@ -17,8 +17,8 @@ from loguru import logger
 from torch import Tensor, nn
 
 from config import Config, load_config
+from data.corpus import check_meta, list_datasets, read_meta
 from data.loader import Split, TokenDataset, TokenError, prefetch
-from data.meta import check_meta, list_datasets, read_meta
 from decent import AllReduceDP, DecentDP
 from decent.checkpoint import Checkpoints, find_start
 from decent.liveness import Liveness, PeerError

@@ -1,316 +1,381 @@
-"""The documents of a corpus in local files: .txt (one each), .jsonl, .jsonl.gz (one a line), .parquet (one a row).
+"""The documents of a corpus: local .txt, .jsonl, .jsonl.gz and .parquet files, or a data set of the Hugging Face hub.
 
-A corpus is cut into units, which processes read independently of each other; the order of units is that of the
-documents: files by name, then lines or rows. In memory are the document at hand, a block of its file, and of every file
-its path as a string (a Path takes several times as much), for a corpus may be millions of .txt files.
+A corpus is cut into shards, a file or a row group of a .parquet file, which processes read independently of each other.
+The order of the shards is the order of the documents. One document, or one batch of rows, is in memory at a time.
 """
 
-import errno
+import codecs
 import glob
 import gzip
+import hashlib
 import json
 import os
+import re
+import stat
+import threading
+import urllib.error
+import urllib.request
 import zlib
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import orjson
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from pydantic_core import from_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-UNIT_BYTES = 2**23  # of text: what one process takes at once; a .gz or a row group is not cut
-_ROWS = 256  # of a parquet file, in memory at once
-
-
-class Unit(NamedTuple):
-    """Some documents that lie together: whole .txt files, or a part of one other file.
-
-    start, stop: bytes of a .jsonl file, in which lines start; row groups of a .parquet file; None: all of it.
-    n_rows: of these row groups.
-    """
-
-    paths: tuple[str, ...]
-    n_bytes: int  # on disk, about
-    start: int | None = None
-    stop: int | None = None
-    n_rows: int | None = None
+ANSWER_S = 15  # limit for the hub's first answer
+_ROWS = 256  # rows of a .parquet file in memory
+_MANY_FILES = 64  # as many files on the hub are shards enough: their footers need not be read first
 
 
 class Bad(NamedTuple):
-    """Stands for a document that cannot be read; rest: for all that follow in its file, whose number is unknown."""
+    """A document that cannot be read, or the rest of a file that breaks off."""
 
-    where: str  # file and line
+    where: str  # file and line or row
     reason: str
-    rest: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
 
 
 @dataclass(frozen=True)
-class Source:
-    """A corpus in files.
-
-    name: how messages and meta.json call it.
-    text_key: the key of a .jsonl object, or the column of a .parquet file, that holds the text.
-    """
+class TextFiles:
+    """.txt files, a document each, and .jsonl and .jsonl.gz files, a document a line; every file is a shard."""
 
     name: str
     files: tuple[str, ...]
+    sizes: Sequence[int]
     text_key: str = "text"
 
     def fingerprint(self) -> str:
-        """Changes when a file does, by name, size or time."""
-        import hashlib
+        return file_fingerprint(self.files, self.text_key)
 
-        digest = hashlib.sha256(repr(self.text_key).encode())
-        for path in self.files:
-            stat = os.stat(path)
-            digest.update(repr((path, stat.st_size, stat.st_mtime_ns)).encode())
-        return digest.hexdigest()
-
-
-def find_files(patterns: list[str]) -> tuple[str, ...]:
-    """The files that match, sorted, each once. A pattern is a path, with *, ?, [...] and ** as in a shell.
-
-    Raises:
-        ValueError: a pattern matches nothing, or a file of another kind.
-    """
-    found: set[str] = set()
-    for pattern in patterns:
-        paths = [pattern] if Path(pattern).exists() else glob.iglob(pattern, recursive=True)
-        files = {str(Path(path)) for path in paths if os.path.isfile(path)}
-        if not files:
-            folder = f"; it is a folder: '{pattern}/*.txt' has its texts" if Path(pattern).is_dir() else ""
-            raise ValueError(f"--input {pattern}: matches no file{folder}")
-        if others := sorted(path for path in files if not path.endswith(SUFFIXES)):
-            raise ValueError(f"{others[0]}: is none of {', '.join(SUFFIXES)}")
-        found |= files
-    return tuple(sorted(found, key=lambda path: "\0".join(Path(path).parts)))  # the files of a folder are together
-
-
-def plan_units(source: Source) -> list[Unit]:
-    """All documents of a source, cut where processes may share them. Does not depend on their number."""
-    units: list[Unit] = []
-    texts: list[str] = []  # small .txt files that follow each other
-    texts_bytes = 0
-    for path in source.files:
-        n_bytes = os.stat(path).st_size
-        if texts and (not path.endswith(".txt") or texts_bytes + n_bytes > UNIT_BYTES):
-            units.append(Unit(tuple(texts), texts_bytes))
-            texts, texts_bytes = [], 0
-        if path.endswith(".txt"):
-            texts.append(path)
-            texts_bytes += n_bytes
-        elif path.endswith(".jsonl"):
-            starts = range(0, n_bytes, UNIT_BYTES)
-            units += [Unit((path,), min(UNIT_BYTES, n_bytes - a), a, min(a + UNIT_BYTES, n_bytes)) for a in starts]
-        elif path.endswith(".parquet"):
-            units += _plan_parquet(path, n_bytes)
-        else:
-            units.append(Unit((path,), n_bytes))
-    return units + ([Unit(tuple(texts), texts_bytes)] if texts else [])
-
-
-class UnitReader:
-    """The texts of a unit, in order; Bad in the place of each that is broken, or one in that of the rest of its file.
-
-    Iterating raises:
-        OSError: a file cannot be read.
-    """
-
-    def __init__(self, unit: Unit, text_key: str) -> None:
-        self.unit = unit
-        self.text_key = text_key
-        self.done_bytes = 0  # of unit.n_bytes, about; only of those that may be large, a .gz or a row group
-
-    def __iter__(self) -> Iterator[str | Bad]:
-        unit, text_key, first = self.unit, self.text_key, self.unit.paths[0]
-        if first.endswith(".txt"):
-            for path in unit.paths:
-                yield _decode(Path(path).read_bytes(), path)
-        elif first.endswith(".parquet"):
-            for n, text in enumerate(_read_parquet(first, unit, text_key), 1):
-                self.done_bytes = unit.n_bytes * n // max(n, unit.n_rows or n)
-                if isinstance(text, Bad) and text.rest and unit.n_rows is not None:
-                    yield from repeat(text._replace(rest=False), unit.n_rows - n + 1)
-                else:
-                    yield text
-        elif first.endswith(".gz"):
-            with open(first, "rb") as compressed, gzip.open(compressed, "rb") as file:
-                for text in _read_lines(file, first, 1, None, text_key):
-                    self.done_bytes = compressed.tell()
-                    yield text
-        else:
-            with open(first, "rb") as file:
-                start = _next_line(file, unit.start or 0)
-                yield from _read_lines(file, first, start, unit.stop, text_key)
+    def read(self, shard: int) -> Iterator[tuple[str | Bad, int]]:
+        """Yield the documents of a shard in order, each with the bytes of sizes[shard] that are read."""
+        path, number = self.files[shard], 0
+        with open(path, "rb") as file:
+            if path.endswith(".txt"):
+                yield _decode(file.read().removeprefix(codecs.BOM_UTF8), path), self.sizes[shard]
+                return
+            lines = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
+            try:
+                for number, line in enumerate(lines, 1):
+                    if not line.isspace():
+                        yield _text_of(line, self.text_key, path, number), file.tell()
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                yield Bad(f"{path}, near line {number + 1}", f"the compressed file is broken ({error})"), file.tell()
 
 
 def _decode(data: bytes, where: str) -> str | Bad:
     try:
-        return data.decode("utf-8")
+        return data.decode()
     except UnicodeDecodeError as error:
         return Bad(where, f"is not UTF-8 (byte {error.start})")
 
 
-def _next_line(file: IO[bytes], start: int) -> int:
-    """Goes to the first line that starts at `start` or later, and returns where that is."""
-    if start > 0:
-        file.seek(start - 1)
-        file.readline()  # a line that starts before belongs to the unit before
-    return file.tell()
-
-
-def _read_lines(
-    file: IO[bytes] | gzip.GzipFile, name: str, start: int, stop: int | None, text_key: str
-) -> Iterator[str | Bad]:
-    """The texts of the lines that start before `stop`; None: of all lines, and `start` is the first one's number."""
-    position = start if stop is not None else 0
-    n_lines = 0
-    lines = iter(file)
-    while stop is None or position < stop:
+def _text_of(line: bytes, text_key: str, path: str, number: int) -> str | Bad:
+    try:
+        value = from_json(line, cache_strings=False)  # pydantic's parser: three times as fast as json
+    except ValueError:
         try:
-            line = next(lines, None)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            yield Bad(f"{name}, near line {n_lines + 1}", f"the compressed file is broken ({error})", rest=True)
-            return
-        if line is None:
-            return
-        if not line.isspace():
-            text = _text_of(line, text_key)
-            if isinstance(text, str):
-                yield text
-            else:
-                number = n_lines + 1 if stop is None else _line_number(name, position)
-                yield Bad(f"{name}, line {number}", text.reason)
-        n_lines += 1
-        position += len(line)
-
-
-def _text_of(line: bytes, text_key: str) -> str | Bad:
-    try:
-        value = _parse(line)
-    except ValueError as error:  # of UTF-8 too
-        return Bad("", f"is no JSON ({error})")
-    except RecursionError:
-        return Bad("", "is no JSON that can be read (too deeply nested)")
+            value = json.loads(line)  # also takes half a surrogate pair, and a byte order mark
+        except (ValueError, RecursionError) as error:
+            return Bad(f"{path}, line {number}", f"is not JSON ({first_line(error)})")
     if not isinstance(value, dict):
-        return Bad("", f'is no JSON object with a key "{text_key}"')
-    if text_key not in value:
-        names = [key for key in value if isinstance(value[key], str)]
-        return Bad("", f'has no key "{text_key}"; {_choice(names)}')
-    text = value[text_key]
-    return text if isinstance(text, str) else Bad("", f'"{text_key}" is no text but {json.dumps(text)[:40]}')
+        reason = f'is not a JSON object with a key "{text_key}"'
+    elif text_key not in value:
+        reason = f'has no key "{text_key}"; {_choice([key for key in value if isinstance(value[key], str)])}'
+    elif not isinstance(value[text_key], str):
+        reason = f'"{text_key}" is not text but {json.dumps(value[text_key])[:40]}'
+    else:
+        return value[text_key]
+    return Bad(f"{path}, line {number}", reason)
 
 
-def _parse(line: bytes) -> Any:
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:  # perhaps of what json takes: NaN, half a surrogate pair, a byte order mark
-        return json.loads(line)
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an IterableDataset with one column. files: local .parquet files; () means that it comes from the hub.
 
-
-def _line_number(name: str, position: int) -> int:
-    """Of the line that starts at a byte; reads all before it."""
-    n_lines = 1
-    with open(name, "rb") as file:
-        while position > 0 and (block := file.read(min(position, 2**20))):
-            n_lines += block.count(b"\n")
-            position -= len(block)
-    return n_lines
-
-
-def _plan_parquet(path: str, n_bytes: int) -> list[Unit]:
-    """Row groups that follow each other, as many as make up a unit."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-            sizes, rows = [group.total_byte_size for group in groups], [group.num_rows for group in groups]
-    except (pa.ArrowException, OSError) as error:
-        _raise_if_of_the_moment(error, path)
-        return [Unit((path,), n_bytes)]  # who reads it will say what is wrong
-    units: list[Unit] = []
-    start = taken = 0
-    for i, size in enumerate(sizes):
-        taken += size
-        if taken >= UNIT_BYTES or i + 1 == len(sizes):
-            share = max(1, n_bytes * taken // max(1, sum(sizes)))
-            units.append(Unit((path,), share, start, i + 1, sum(rows[start : i + 1])))
-            start, taken = i + 1, 0
-    return units
-
-
-def _read_parquet(path: str, unit: Unit, text_key: str) -> Iterator[str | Bad]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = 0
-    try:
-        # A buffer: else a whole column of a row group is read.
-        with pq.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True) as file:
-            kinds = {field.name: field.type for field in file.schema_arrow}
-            names = [name for name, kind in kinds.items() if _holds_text(kind)]
-            if text_key not in names:
-                found = f"holds no text but {kinds[text_key]} in its column" if text_key in kinds else "has no column"
-                yield Bad(path, f'{found} "{text_key}"; {_choice(names)}', rest=True)
-                return
-            groups = list(range(unit.start or 0, file.metadata.num_row_groups if unit.stop is None else unit.stop))
-            row = sum(file.metadata.row_group(i).num_rows for i in range(unit.start or 0))
-            for batch in file.iter_batches(_ROWS, groups, [text_key], use_threads=False):
-                for text in _texts_or_bytes(batch.column(0)):
-                    row += 1
-                    if isinstance(text, bytes):
-                        text = _decode(text, f"{path}, row {row}")
-                    yield text if text is not None else Bad(f"{path}, row {row}", f'"{text_key}" is null')
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        _raise_if_of_the_moment(error, path)
-        yield Bad(f"{path}, after row {row}" if row else path, f"is a broken parquet file ({_line(error)})", rest=True)
-
-
-def _texts_or_bytes(column: "pa.Array[Any]") -> "list[str | bytes | None]":
-    """The rows as texts; where one of them is not UTF-8, all as bytes, so that the others are not lost with it."""
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(column.type):  # as pandas writes categories
-        column = column.dictionary_decode()
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return column.cast(pa.large_binary()).to_pylist()
-
-
-def _raise_if_of_the_moment(error: Exception, path: str) -> None:
-    """Raises an error that says nothing about the bytes of a file, but that they cannot be had now.
-
-    Called broken, the file would have other units, and other documents, than when the run goes on.
+    bad: files that cannot be read at all; they are the first shards.
     """
-    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
-    if number is not None:
-        raise OSError(number, os.strerror(number), path) from None
+
+    name: str
+    dataset: Any
+    identity: str
+    files: tuple[str, ...] = ()
+    bad: tuple[Bad, ...] = ()
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        return [1] * (len(self.bad) + (self.dataset.num_shards if self.dataset else 0))
+
+    def fingerprint(self) -> str:
+        return file_fingerprint(self.files, self.identity)
+
+    def read(self, shard: int) -> Iterator[tuple[str | Bad, int]]:
+        """Yield the documents of a shard in order, each with 0: the shard is not read to its end.
+
+        Raises:
+            ValueError: the shard cannot be read now, which says nothing about its bytes.
+        """
+        import pyarrow as pa
+
+        if shard < len(self.bad):
+            yield self.bad[shard], 0
+            return
+        shard, row = shard - len(self.bad), 0
+        try:
+            rows = self.dataset.shard(self.dataset.num_shards, shard).with_format("arrow")
+            for batch in rows.iter(_ROWS):
+                for data in batch.column(0).cast(pa.large_binary()).to_pylist():
+                    row += 1
+                    text = Bad("", "is null") if data is None else _decode(data, "")
+                    yield text if isinstance(text, str) else text._replace(where=self._place(shard, row)), 0
+        except Exception as error:
+            broken = isinstance(error, pa.ArrowInvalid) or (self.files and type(error) is OSError and not error.errno)
+            if not broken:  # memory, the disk, or the network
+                raise ValueError(f"{self._place(shard, row)}: cannot be read now ({first_line(error)})") from None
+            yield Bad(self._place(shard, row), f"the rest cannot be read ({first_line(error)})"), 0
+
+    def _place(self, shard: int, row: int) -> str:
+        import pyarrow.parquet as pq
+
+        bad_paths = {bad.where for bad in self.bad}
+        for path in (path for path in self.files if path not in bad_paths):
+            with open(path, "rb") as file:
+                metadata = pq.read_metadata(file)
+            if shard < metadata.num_row_groups:
+                return f"{path}, row {row + sum(metadata.row_group(i).num_rows for i in range(shard))}"
+            shard -= metadata.num_row_groups
+        return f"{self.name}, row {row} of shard {shard}"
 
 
-def _holds_text(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
+Corpus = TextFiles | Rows
 
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+def local_files(patterns: list[str], text_key: str) -> Corpus:
+    """Return the documents of the files that find_files finds.
+
+    Raises:
+        ValueError: find_files does, or .parquet files are mixed with others.
+    """
+    files, sizes = find_files(patterns)
+    name = ", ".join(patterns)
+    if any(path.endswith(".parquet") for path in files):
+        if not all(path.endswith(".parquet") for path in files):
+            raise ValueError(f"--input {name}: finds .parquet files and others; prepare one kind at a time")
+        return parquet_files(name, files, text_key)
+    return TextFiles(name, files, sizes, text_key)
+
+
+def parquet_files(name: str, files: Sequence[str], text_key: str) -> Rows:
+    """Return the rows of local .parquet files; every row group is a shard."""
+    import pyarrow.dataset
+    import pyarrow.parquet as pq
+
+    bad: list[Bad] = []
+    for path in files:
+        try:
+            if "::" in path:
+                raise ValueError('has "::" in its name, which chains file systems to `datasets`; rename it')
+            with open(path, "rb") as file:
+                _check_column(pq.read_schema(file), text_key)
+        except (ValueError, OSError) as error:
+            if getattr(error, "errno", None):
+                raise
+            bad.append(Bad(path, first_line(error)))
+    unreadable = {path for path, _ in bad}
+    good = [glob.escape(os.path.abspath(path)) for path in files if path not in unreadable]
+    dataset = None
+    if good:
+        scan = pyarrow.dataset.ParquetFragmentScanOptions(
+            use_buffered_stream=True,  # or whole columns of a row group are read
+            buffer_size=2**20,
+            page_checksum_verification=True,
+        )
+        dataset = _load_streaming("parquet", data_files=good, columns=[text_key], fragment_scan_options=scan).reshard()
+    return Rows(name, dataset, text_key, tuple(files), tuple(bad))
+
+
+def hub_dataset(name: str, config: str | None, revision: str | None, text_key: str, limit: int | None = None) -> Rows:
+    """Return the split "train" of a data set of the hub, streamed: nothing is kept on the disk.
+
+    With HF_HUB_OFFLINE, return its .parquet files in the cache, of which a limit needs the first ones only.
+
+    Raises:
+        ValueError: the hub does not answer, it lacks the data set, or the files are not in the cache.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    label = f"{name} at {revision[:8]}" if revision else name
+    try:
+        if constants.HF_HUB_OFFLINE:
+            folder = snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
+            return parquet_files(label, _cached_parquet(folder, config, limit), text_key)
+        ask_hub(constants.ENDPOINT)
+        dataset = _load_streaming(name, config, revision=revision)
+        if (features := dataset.features) is not None:
+            _check_column(features.arrow_schema, text_key)
+        dataset = dataset.select_columns([text_key])
+        dataset = dataset if dataset.num_shards >= _MANY_FILES else dataset.reshard()
+    except Exception as error:  # also errors of the HTTP library
+        raise ValueError(f"{name} cannot be loaded ({first_line(error)})") from None
+    return Rows(label, dataset, repr((name, config, revision, text_key)))
+
+
+def ask_hub(endpoint: str) -> None:
+    """Return once the hub gives any answer. Raises ValueError if there is none within ANSWER_S."""
+    failures = [f"no answer within {ANSWER_S:g} s"]
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=ANSWER_S).close()
+        except urllib.error.HTTPError as error:
+            error.close()
+        except Exception as error:
+            failures[0] = first_line(error)
+            return
+        failures.clear()
+
+    thread = threading.Thread(target=ask, daemon=True)  # abandoned: time-outs hold for each address of a host
+    thread.start()
+    thread.join(ANSWER_S)
+    if failures:
+        raise ValueError(f"{endpoint} cannot be reached: {failures[0]}")
+
+
+def _load_streaming(*arguments: Any, **options: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(50)  # an error is said once, by us
+    return datasets.load_dataset(*arguments, **options, split="train", streaming=True)
+
+
+def _cached_parquet(folder: str, config: str | None, limit: int | None) -> list[str]:
+    import pyarrow.parquet as pq
+
+    top = Path(folder, config) if config and Path(folder, config).is_dir() else Path(folder)
+    found = sorted(str(path) for path in top.rglob("*.parquet"))
+    files = [path for path in found if "train" in os.path.relpath(path, folder)] or found
+    if not files:
+        raise ValueError(f"{top}: the cache holds no .parquet file")
+    if (match := re.search(r"-of-(\d+)\.parquet$", files[-1])) and len(files) != (n_files := int(match[1])):
+        first = [path for i, path in enumerate(files) if f"-{i:05}-of-" in path]
+        if limit is None or sum(pq.read_metadata(path).num_rows for path in first) < limit:
+            raise ValueError(f"{top}: the cache has {len(files)} of {n_files} .parquet files")
+        return first
+    return files
+
+
+def _check_column(schema: Any, text_key: str) -> None:
+    """Check that a column of an Arrow schema holds text.
+
+    Raises:
+        ValueError: the column is absent, or holds something else.
+    """
+    kinds = {field.name: str(field.type) for field in schema}
+    names = [
+        name for name, kind in kinds.items() if re.match(r"(large_)?string|dictionary<values=(large_)?string", kind)
+    ]
+    if text_key not in names:
+        found = f"does not hold text but {kinds[text_key]} in its column" if text_key in kinds else "has no column"
+        raise ValueError(f'{found} "{text_key}"; {_choice(names)}')
+
+
+def find_files(patterns: list[str]) -> tuple[tuple[str, ...], Sequence[int]]:
+    """Return the files that match, sorted by folder and name, each once by whatever names, and their sizes in bytes.
+
+    A pattern is a file, a folder (all files of known kinds below it), or has *, ?, [...] and ** as in a shell.
+
+    Raises:
+        ValueError: a pattern matches nothing, or a file of an unknown kind.
+    """
+    found: dict[tuple[int, int], tuple[str, int]] = {}  # by device and inode: name, bytes
+    for pattern in patterns:
+        path = user_path(pattern, "--input")
+        any_kind = not os.path.isdir(path)
+        n_files = 0
+        for name in [path] if os.path.isfile(path) else _expand(path if any_kind else f"{glob.escape(path)}/**"):
+            try:
+                status = os.stat(name)
+            except OSError:  # a link to nothing, or removed meanwhile
+                continue
+            if not stat.S_ISREG(status.st_mode) or not (any_kind or name.endswith(SUFFIXES)):
+                continue
+            if not name.endswith(SUFFIXES):
+                raise ValueError(f"{name}: does not end in one of {', '.join(SUFFIXES)}")
+            n_files += 1
+            entry = (str(Path(name)), status.st_size)
+            key = (status.st_dev, status.st_ino)
+            found[key] = min(found.get(key, entry), entry, key=lambda entry: _by_folder(entry[0]))
+        if not n_files:
+            raise ValueError(
+                f"--input {pattern}: matches no file" + (" of a known kind below it" if not any_kind else "")
+            )
+    entries = sorted(found.values(), key=lambda entry: _by_folder(entry[0]))
+    return tuple(name for name, _ in entries), array("q", (size for _, size in entries))
+
+
+def user_path(text: str, option: str) -> str:
+    """Return a path or pattern as the user meant it: ~ is the home folder.
+
+    Raises:
+        ValueError: it holds $NAME, which only a shell expands.
+    """
+    if os.path.exists(text):
+        return text
+    if match := re.search(r"\$\w+|\$\{\w+\}", text):
+        raise ValueError(
+            f"{option} {text}: {match[0]} is not expanded; write the path itself, or do not quote it in '...'"
+        )
+    return os.path.expanduser(text)
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """Yield what matches, as glob does, but enter each real folder once: links may lead round in circles."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    at = parts.index("**")
+    top, rest = "/".join(parts[:at]), "/".join(parts[at + 1 :]) or "*"
+    seen: set[tuple[int, int]] = set()
+    for start in sorted(glob.iglob(top or ("/" if at else "."))):
+        for folder, folders, _ in os.walk(start, followlinks=True):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            yield from _expand(os.path.join(glob.escape(folder), rest))
+
+
+def _by_folder(path: str) -> str:
+    return "\0".join(Path(path).parts)  # the files of a folder are together
+
+
+def file_fingerprint(files: Sequence[str], identity: str) -> str:
+    """Return a hash that changes when a file does, by name, size or time."""
+    digest = hashlib.sha256(repr(identity).encode())
+    for path in files:
+        status = os.stat(path)
+        digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()
 
 
 def _choice(names: list[str]) -> str:
-    """Of the keys or columns that hold text."""
     listed = ", ".join(f'"{name}"' for name in names[:20])
     return f"text is in {listed}: choose one with --text-key" if names else "no other holds text"
 
 
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str) -> str:
+    """Return a text that any output takes: names of files need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()

@@ -19,8 +19,8 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
+from data.corpus import TOKEN, Tokens, open_tokens
 from data.node_memory import MemoryFile, copy_to_memory, map_memory
-from data.token_file import TOKEN, Tokens, open_tokens
 
 Split = Literal["train", "val"]
 Batch = tuple[Tensor, Tensor]  # x, y

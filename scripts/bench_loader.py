@@ -71,7 +71,7 @@ def write_random(path: Path, n_tokens: int) -> None:
 
 def batches(folder: Path, rounds: int) -> list[Result]:
     """ms per batch, x and y int64 on the CPU."""
-    from data import TokenDataset
+    from data.loader import TokenDataset
 
     base = "nanoGPT get_batch"
     steps = iter(range(10**9))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from config import ModelConfig, load_config
-from data.meta import check_meta, read_meta
+from data.corpus import check_meta, read_meta
 from model import GPT
 from tests.checkpoints import assert_equal, run_in, saved_states
 from tests.launcher import Launcher

