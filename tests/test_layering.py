@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTED = {
     f"decent/{name}.py" for name in ("world", "liveness", "exchange", "decent_dp", "allreduce_dp", "checkpoint")
 }
-BENCHMARKS = {"scripts/bench.py", "scripts/netlab_worker.py"}  # time the bare collectives and other wrappers
+BENCHMARKS = {
+    f"scripts/{name}.py" for name in ("benchmarks/exchange", "benchmarks/loader", "benchmarks/workers", "lab/worker")
+}  # time the bare collectives and other wrappers
 
 PROJECT = {"config", "data", "decent", "evaluation", "model", "optim", "report", "train"}
 

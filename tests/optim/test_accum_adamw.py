@@ -25,7 +25,7 @@ from torch._inductor.utils import run_and_get_cpp_code
 
 from optim import AccumAdamW, accum_kernels
 from optim.accum_kernels import Scalars
-from scripts.bench_timing import peak_temporary_bytes
+from scripts.benchmarks.timing import peak_temporary_bytes
 
 # torch's own, when its compiler is imported
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
