@@ -1,4 +1,4 @@
-"""A cluster of several nodes on one machine, to try and to compare the backends at a chosen bandwidth.
+"""Runs a cluster of several nodes on one machine, to try and to compare the backends at a chosen bandwidth.
 
 Every node is a Linux network namespace with its own address (10.88.0.11, .12, ...). A bridge joins them, and tc limits
 each node's link in both directions, as the port of a switch does; workers of one node talk over its loopback, which
@@ -6,14 +6,13 @@ has no limit. Needs Linux, root and iproute2. Workers run on the CPU.
 
     python scripts/netlab.py run --nodes 4 --bandwidth 200mbit -- train.py config/quickstart.toml train.n_steps=100
     python scripts/netlab.py compare --nodes 4 --bandwidth 1gbit,300mbit,100mbit
-    python scripts/netlab.py clean      # removes what a lab that was killed has left
+    python scripts/netlab.py clean      # removes the rest of labs that were killed
 
 Several labs can run at once; but two comparisons would measure each other.
 """
 
 import argparse
 import json
-import re
 import signal
 import sys
 import tempfile
@@ -25,16 +24,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts import netlab_compare
-from scripts.arguments import MAX_PROCESSES, at_least, whole
-from scripts.netlab_cluster import Lab, LabError, Launch, Rate, labs_of_dead_owners, require_root_and_iproute2
+from scripts.lab import methods, results
+from scripts.lab.network import Lab, LabError, Launch, labs_of_dead_owners, parse_rates, require_root_and_iproute2
+from scripts.lab.options import MAX_PROCESSES, at_least, whole
 
-WORKER = Path(__file__).with_name("netlab_worker.py")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0; 1 when a worker failed; 2 for a mistake in the input or a machine that cannot do it, after one
-    line; 124 after a timeout; 130 or 143 when told to stop."""
+    """Return the exit code: 0; 1 if a worker failed; 124 after a timeout; 130 or 143 if told to stop.
+
+    It is 2 for a mistake in the input, or a machine that has no root or iproute2, after one line.
+    """
     args = parse_args(argv)
     try:
         require_root_and_iproute2()
@@ -53,22 +54,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="run|compare|clean")
 
     run = commands.add_parser("run", help="torchrun a script on every node")
-    _add_cluster(run, "of each link: 200mbit, 1gbit, unlimited; one for all nodes, or one for each")
+    _add_cluster(run, "limit of each link: 200mbit, 1gbit, unlimited; one for all nodes, or one for each")
     run.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", type=_assignment, help="for the script"
+        "--env", action="append", default=[], metavar="NAME=VALUE", type=_assignment, help="set for the script"
     )
-    run.add_argument("--log-dir", type=Path, help="also write what each node says to node<i>.log in this directory")
-    run.add_argument("script", nargs=argparse.REMAINDER, help="-- script.py its arguments")
+    run.add_argument("--log-dir", type=Path, help="also write the output of each node to node<i>.log in this directory")
+    run.add_argument("script", nargs=argparse.REMAINDER, help="-- script.py, then its arguments")
     run.set_defaults(command=run_script)
 
     compare = commands.add_parser(
         "compare",
         help="step times of the backends, side by side",
-        description=netlab_compare.__doc__,
+        description=methods.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_cluster(compare, "one comparison for each of them, all links alike")
-    netlab_compare.add_arguments(compare)
+    methods.add_arguments(compare)
     compare.set_defaults(command=compare_arms)
 
     clean = commands.add_parser("clean", help="remove labs whose netlab.py was killed")
@@ -99,27 +100,9 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
-def parse_rates(text: str) -> list[Rate]:
-    return [parse_rate(part) for part in text.split(",")]
-
-
-def parse_rate(text: str) -> Rate:
-    """200mbit, 1.5gbit, 800kbit or unlimited.
-
-    Raises:
-        argparse.ArgumentTypeError: it is something else.
-    """
-    if text == "unlimited":
-        return Rate(text, None)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)bit", text.lower())
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a bandwidth such as 200mbit, 1gbit or unlimited")
-    return Rate(text, float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]])
-
-
 @contextmanager
 def signals_as_exceptions() -> Generator[None]:
-    """SIGTERM and a closed terminal unwind the program as Ctrl-C does, so that it cleans up."""
+    """Let SIGTERM and a closed terminal unwind the program as Ctrl-C does, so that it cleans up."""
 
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
@@ -152,28 +135,29 @@ def run_script(args: argparse.Namespace) -> int:
 
 
 def compare_arms(args: argparse.Namespace) -> int:
-    """Measures one bandwidth after the other; tables, JSON and PNG hold what is done so far."""
-    settings = netlab_compare.settings(args)
-    report: dict[str, Any] = {**netlab_compare.describe_machine(), "settings": settings, "scenarios": []}
+    """Measure one bandwidth after the other. After each of them JSON and PNG hold the results until then."""
+    settings = methods.settings(args)
+    report: dict[str, Any] = {**results.describe_machine(), "settings": settings, "scenarios": []}
     with tempfile.TemporaryDirectory(prefix="netlab-") as directory:
         spec, result = Path(directory, "spec.json"), Path(directory, "result.json")
         spec.write_text(json.dumps(settings))
         for rate in args.bandwidth:
+            worker = ["-m", "scripts.lab.worker", str(spec), str(result)]
             with (
                 Lab([rate] * args.nodes) as lab,
-                Launch(lab, args.procs, [str(WORKER), str(spec), str(result)], out=sys.stderr) as launch,
+                Launch(lab, args.procs, worker, cwd=ROOT, out=sys.stderr) as launch,
             ):
                 code = launch.wait(args.timeout)
             if code != 0:
                 return code
             scenario = {"bandwidth": rate.text, "bits_per_s": rate.bits_per_s, **json.loads(result.read_text())}
             if not scenario["arms"]:
-                print(f"netlab.py: no arm can run: {'; '.join(netlab_compare.reasons(scenario))}", file=sys.stderr)
+                print(f"netlab.py: no arm can run: {'; '.join(results.reasons(scenario))}", file=sys.stderr)
                 return 2
             report["scenarios"].append(scenario)
-            print(netlab_compare.table(scenario, settings), flush=True)
+            print(results.table(scenario, settings), flush=True)
             args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            netlab_compare.draw(report, args.png)
+            results.draw(report, args.png)
     print(f"wrote {args.json} and {args.png}")
     return 0
 

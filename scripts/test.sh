@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh
 use_environment tests/requirements.txt
 export OMP_NUM_THREADS=1 # several workers share the cores
-exec python -m pytest -m "not slow" "$@"
+exec python -m pytest -m "not slow and not slurm and not gpu" "$@"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Tries the two sbatch scripts, unchanged, on a real SLURM which it brings up on this machine and takes down again:
 # five nodes with pretended GPUs, on which a tiny GPT-2 trains on CPUs. Takes a quarter of an hour on two cores. Needs
-# root, the Debian packages slurm-wlm, munge and iproute2, and a machine without GPUs.
+# root, the Debian packages slurm-wlm, munge and iproute2, and a machine without GPUs. Arguments go to pytest.
 #   bash scripts/test_slurm.sh
-#   bash scripts/test_slurm.sh time_limit crash     # only these; --help names all
+#   bash scripts/test_slurm.sh -k "time_limit or crash"     # only these; --collect-only names all
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
-use_environment requirements.txt
+use_environment tests/requirements.txt
 python data/sotu/prepare.py
 export OMP_NUM_THREADS=1 # several workers share the cores
-exec python scripts/slurm_checks.py "$@"
+exec python -m pytest -m slurm tests/slurm "$@"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_cpp_code
 
 from optim import AccumAdamW, accum_adamw
-from scripts.bench_timing import peak_temporary_bytes
+from scripts.benchmarks.timing import peak_temporary_bytes
 
 # torch's own, when its compiler is imported
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

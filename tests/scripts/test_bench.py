@@ -3,14 +3,18 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scripts import bench, bench_prepare
+from scripts import bench
+from scripts.benchmarks import prepare
+from scripts.lab.options import at_least, file_to_write, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12 on fork beside threads
 
@@ -50,7 +54,7 @@ def run_bench(*arguments: object) -> subprocess.CompletedProcess[str]:
     ],
     ids=["optimizer", "wrapper", "checkpoint", "exchange"],
 )
-def test_prints_and_writes_a_line_for_each_arm(
+def test_every_arm_is_printed_and_written(
     tmp_path: Path, arguments: list[object], arms: set[str], columns: list[str]
 ) -> None:
     done = run_bench(*arguments, "--rounds", 2, "--threads", 1, "--json", tmp_path / "results.json")
@@ -80,82 +84,57 @@ def test_loader_prints_the_ratio_and_the_memory(tmp_path: Path) -> None:
     assert all(f"{value}" in done.stdout for row in lines.values() for value in row.values())
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", ""])
 @pytest.mark.parametrize(
-    ("command", "option"),
+    ("option", "text", "message"),
     [
-        *(("optimizer", f"--{name}") for name in ("rounds", "threads", "n-layers", "n-embd", "vocab-size")),
-        *(("optimizer", f"--{name}") for name in ("context-length", "accum-steps")),
-        *(("wrapper", f"--{name}") for name in ("small-tensors", "steps")),
-        *(("exchange", f"--{name}") for name in ("workers", "numel")),
-        *(("loader", f"--{name}") for name in ("workers", "tokens")),
-        *(("prepare", f"--{name}") for name in ("num-proc", "document-bytes")),
+        *((whole(1), text, f"{text!r} is not a whole number from 1 on") for text in ("0", "-1", "1.5", "many", "")),
+        (whole(1, 200), "201", "'201' is not a whole number from 1 to 200"),
+        (whole(4, step=4), "17", "'17' is not a multiple of 4 from 4 on"),
+        (at_least(0.5), "0", "0 is not a number from 0.5 on"),
+        (at_least(0.5), "inf", "inf is not a number from 0.5 on"),
+        (at_least(0.5), "nan", "nan is not a number from 0.5 on"),
+        (file_to_write, "/nowhere/x.json", "there is no directory /nowhere"),
+        (file_to_write, "/", "/ is a directory"),
     ],
 )
-def test_what_is_no_count_is_exit_code_2(
-    capsys: pytest.CaptureFixture[str], command: str, option: str, value: str
-) -> None:
-    assert f"argument {option}: {value!r} is not a " in mistake_in([command, option, value], capsys)
+def test_option_types_quote_an_invalid_value(option: Callable[[str], object], text: str, message: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^{re.escape(message)}$"):
+        option(text)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["wrapper", "--n-embd", "17"], "'17' is not a multiple of 4 from 4 on"),
-        (["wrapper", "--context-length", "15"], "'15' is not a whole number from 16 on"),
-        (["checkpoint", "--vocab-size", "65537"], "'65537' is not a whole number from 1 to 65536"),
-        (["exchange", "--workers", "201"], "'201' is not a whole number from 1 to 200"),
-        (["loader", "--tokens", "1024"], "'1024' is not a whole number from 1025 on"),
-        (["loader", "--steps", "-1"], "'-1' is not a whole number from 0 on"),
-        (["prepare", "--megabytes", "0"], "0 is not a number from 0.001 on"),
-        (["prepare", "--megabytes", "inf"], "inf is not a number from 0.001 on"),
-        (["prepare", "--json", "/nowhere/x.json"], "there is no directory /nowhere"),
-        (["prepare", "--json", "/"], "/ is a directory"),
-    ],
-)
-def test_a_mistake_in_the_arguments_is_exit_code_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    assert message in mistake_in(arguments, capsys)
+def test_option_types_return_a_valid_value(tmp_path: Path) -> None:
+    assert (whole(4, step=4)("1_024"), at_least(0.5)("0.5")) == (1024, 0.5)
+    assert file_to_write(f"{tmp_path}/x.json") == tmp_path / "x.json"
 
 
-def test_a_file_that_may_not_be_written_is_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # permissions do not stop root
-    assert f"{tmp_path}/x.json cannot be written" in mistake_in(["optimizer", "--json", f"{tmp_path}/x.json"], capsys)
-
-
-def mistake_in(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The last line that is said before exit code 2."""
+@pytest.mark.parametrize("command", list(bench.BENCHMARKS))
+def test_invalid_option_is_exit_code_2(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as stopped:
-        bench.parse_args(arguments)  # not main, which would start to measure
+        bench.parse_args([command, "--rounds", "0"])  # not main, which would start to measure
     assert stopped.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    assert "argument --rounds: '0' is not a whole number from 1 on" in capsys.readouterr().err
 
 
-def test_workers_that_cannot_share_the_batch_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # permissions do not stop root
+    with pytest.raises(argparse.ArgumentTypeError, match=r"x\.json cannot be written"):
+        file_to_write(f"{tmp_path}/x.json")
+
+
+def test_indivisible_batch_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["loader", "--workers", "3"]) == 2
     found = "--workers 3: does not divide the batch of config/quickstart.toml, 32"
     assert capsys.readouterr() == ("", f"bench.py: {found}: take 1, 2, 4, ..., or --steps 0\n")
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    program = (
-        f"import runpy, sys; sys.argv = ['bench.py', '--help']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.modules['torch'] = None; {program}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def test_help_imports_no_torch() -> None:
+    program = "import sys; sys.modules['torch'] = None; from scripts import bench; bench.main(['prepare', '--help'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "optimizer|wrapper|checkpoint|exchange|loader|prepare" in done.stdout
+    assert "--megabytes" in done.stdout
 
 
-def test_prepare_compares_three_ways_to_the_same_bytes(tmp_path: Path) -> None:
+def test_prepare_compares_three_ways_to_equal_bytes(tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"Document {i}: <|endoftext|> don't"}) + "\n" for i in range(50)))
     done = run_bench("prepare", "--input", text, "--rounds", 1, "--json", tmp_path / "results.json")
@@ -167,54 +146,43 @@ def test_prepare_compares_three_ways_to_the_same_bytes(tmp_path: Path) -> None:
     assert all(row["peak MB"] > 10 for row in rows[:3])
 
 
-def test_prepare_without_its_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = run_bench("prepare", "--input", tmp_path / "none.jsonl")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"bench.py: --input {tmp_path}/none.jsonl: no such file\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("text.jsonl", "", "train.bin and val.bin need a document each, but it holds 0"),
-        ("text.jsonl", '{"text": "one"}\n', "train.bin and val.bin need a document each, but it holds 1"),
-        ("text.jsonl", '{"text": "one"}\n{"text"\n', ", line 2: is no JSON"),
-        ("text.jsonl", '{"body": "one"}\n', ', line 1: has no key "text"; text is in "body"'),
-        ("text.parquet", "text", "is a broken parquet file"),
-        ("text.txt", "text", "does not end in .jsonl or .parquet"),
-    ],
-)
-def test_a_text_that_cannot_be_prepared_is_one_line_and_exit_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, message: str
+@pytest.mark.parametrize("content", [None, "", '{"text": "one"}\n', '{"text": "one"}\n{"text"\n', '{"body": "one"}\n'])
+def test_unusable_text_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
 ) -> None:
-    path = tmp_path / name
-    path.write_text(content)
+    path = tmp_path / "text.jsonl"
+    if content is not None:
+        path.write_text(content)
     assert bench.main(["prepare", "--input", str(path)]) == 2
     said = capsys.readouterr()
-    assert said.err.startswith(f"bench.py: --input {path}")
-    assert message in said.err
-    assert "--text-key" not in said.err
+    assert said.err.startswith("bench.py: ")
+    assert "text.jsonl" in said.err or "document" in said.err
     assert (said.out, said.err.count("\n")) == ("", 1)
 
 
-def test_more_text_than_this_machine_has_is_one_line_and_exit_code_2(
+def test_too_little_text_on_this_machine_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_prepare, "_texts", lambda: iter(["a" * 2_000_000]))
+    monkeypatch.setattr(prepare, "_texts", lambda: iter(["a" * 2_000_000]))
     assert bench.main(["prepare", "--megabytes", "250"]) == 2
     line = "bench.py: --megabytes 250: this machine has 2: ask for less, or give --input\n"
     assert capsys.readouterr() == ("", line)
 
 
-def test_the_text_that_is_built_has_a_document_for_each_split(tmp_path: Path) -> None:
-    path = bench_prepare.build_corpus(tmp_path / "text.jsonl", n_bytes=1, document_bytes=1400)
-    assert len(path.read_text().splitlines()) == 2
+@pytest.mark.parametrize(("n_bytes", "n_files"), [(1, 2), (20_000, 8)])
+def test_built_text_has_distinct_documents_in_8_files(tmp_path: Path, n_bytes: int, n_files: int) -> None:
+    paths = prepare.write_corpus(tmp_path, n_bytes=n_bytes, document_bytes=1400)
+    documents = [document for path in paths for document in prepare.read_documents(path)]
+    assert len(paths) == n_files
+    assert len(set(documents)) == len(documents) >= 2
+    assert sum(len(document.encode()) for document in documents) >= n_bytes
 
 
-def test_prepare_fails_where_the_bytes_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_prepare_fails_if_the_bytes_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a"}\n' * 2)
     outputs = iter(["a b", "a b", "a b", "a b", "a b", "a c"])  # of the measurement of memory, then of time
-    monkeypatch.setattr(bench_prepare, "run", lambda *args, **options: (1.0, 1, next(outputs)))
+    monkeypatch.setattr(prepare, "run", lambda *args, **options: (1.0, 1, next(outputs)))
+    monkeypatch.setattr(prepare, "calls_s", lambda *args: 1.0)
     with pytest.raises(SystemExit, match="the outputs differ"):
-        bench_prepare.bench_prepare(argparse.Namespace(input=text, num_proc=2, rounds=1))
+        prepare.measure(argparse.Namespace(input=text, num_proc=2, rounds=1))

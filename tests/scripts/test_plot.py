@@ -36,7 +36,7 @@ def run_plot(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 
-def test_draws_into_the_first_run_and_prints_the_path(tmp_path: Path) -> None:
+def test_image_is_written_into_the_first_run(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", backend="pytorchddp")
     result = run_plot(a, b)
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{a / 'loss.png'}\n", "")
@@ -45,7 +45,7 @@ def test_draws_into_the_first_run_and_prints_the_path(tmp_path: Path) -> None:
     assert image.std() > 0.05  # it is not empty
 
 
-def test_time_and_out_change_the_image_and_its_place(tmp_path: Path) -> None:
+def test_options_change_the_image_and_its_place(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     assert plot.main([str(run), "--out", str(tmp_path / "step.png")]) == 0
     assert plot.main([str(run), "--out", str(tmp_path / "time.png"), "--x", "time"]) == 0
@@ -56,11 +56,11 @@ def test_time_and_out_change_the_image_and_its_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("backend", "label"), [("decentdp", "a: decentdp, exp, accumadamw"), ("pytorchddp", "a: pytorchddp, accumadamw")]
 )
-def test_the_label_names_the_topology_where_there_is_one(tmp_path: Path, backend: str, label: str) -> None:
+def test_label_names_the_topology_of_decentralized_runs(tmp_path: Path, backend: str, label: str) -> None:
     assert plot.read_run(write_run(tmp_path / "a", backend=backend)).label == label
 
 
-def test_half_a_last_line_is_ignored_and_a_repeated_step_counts_once(tmp_path: Path) -> None:
+def test_last_of_repeated_steps_counts_and_half_lines_do_not(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", steps=(0, 10, 20))
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as metrics:
         metrics.write(evaluation(10, val_loss=5.0) + evaluation(30)[:25])
@@ -70,13 +70,13 @@ def test_half_a_last_line_is_ignored_and_a_repeated_step_counts_once(tmp_path: P
 
 
 @pytest.mark.parametrize(("longest_s", "label"), [(59.0, "s"), (3000.0, "min"), (36862.0, "h")])
-def test_the_unit_of_time_fits_the_longest_run(longest_s: float, label: str) -> None:
+def test_unit_of_time_fits_the_longest_run(longest_s: float, label: str) -> None:
     runs = [plot.Run("", [{"total_train_time_s": t}]) for t in (1.0, longest_s)]
     assert plot._x_axis(runs, "time")[1] == f"Training time ({label})"
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_single_evaluation_and_a_diverged_run_can_be_drawn(tmp_path: Path) -> None:
+def test_single_evaluations_and_diverged_runs_are_drawn(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", steps=(0,))
     diverged = write_run(tmp_path / "diverged", steps=(0,))
     with open(diverged / "metrics.jsonl", "a", encoding="utf-8") as metrics:
@@ -101,7 +101,7 @@ def test_a_single_evaluation_and_a_diverged_run_can_be_drawn(tmp_path: Path) -> 
         ("config.toml", "[train", "not the configuration of a run"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
+def test_invalid_input_is_one_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None, message: str
 ) -> None:
     path = write_run(tmp_path / "a") / name
@@ -112,6 +112,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert stderr.count("\n") == 1
 
 
-def test_an_unknown_kind_of_image_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_image_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plot.main([str(write_run(tmp_path / "a")), "--out", str(tmp_path / "loss.xyz")]) == 2
     assert "xyz" in capsys.readouterr().err

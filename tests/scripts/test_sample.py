@@ -37,7 +37,7 @@ def save_model(path: Path, vocab_size: int = 50304) -> Path:
     return path
 
 
-def test_continues_the_prompt_by_tokens_of_gpt2_the_same_way_for_the_same_seed(tmp_path: Path) -> None:
+def test_seed_determines_the_continuation_of_the_prompt(tmp_path: Path) -> None:
     path = save_model(tmp_path / "best_model.pth")
     first, again = (run_sample(path, "--prompt", "Fellow", "--tokens", 20, "--top-k", 60000) for _ in range(2))
     assert first.returncode == 0, first.stderr
@@ -57,7 +57,7 @@ def test_continues_the_prompt_by_tokens_of_gpt2_the_same_way_for_the_same_seed(t
         ({"model": Path()}, "not a best_model.pth of train.py (broken, or more than tensors and numbers)"),
     ],
 )
-def test_a_missing_or_broken_file_is_one_line_and_exit_code_2(
+def test_missing_or_broken_file_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object, message: str
 ) -> None:
     path = tmp_path / "best_model.pth"
@@ -73,7 +73,7 @@ def test_a_missing_or_broken_file_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize("error", [IndexError("pop from empty list"), AssertionError(), RecursionError("too deep")])
-def test_whatever_a_hostile_file_makes_the_unpickler_raise_is_one_line(
+def test_any_error_of_the_unpickler_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     def load(*args: object, **options: object) -> None:
@@ -84,7 +84,7 @@ def test_whatever_a_hostile_file_makes_the_unpickler_raise_is_one_line(
     assert f"best_model.pth: not a best_model.pth of train.py ({type(error).__name__}" in capsys.readouterr().err
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(
+def test_unwritable_cache_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -95,7 +95,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     assert capsys.readouterr().err == f"sample.py: {tmp_path}/file/.cache: Not a directory\n"
 
 
-def test_a_model_of_other_tokens_is_an_error(tmp_path: Path) -> None:
+def test_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
     result = run_sample(save_model(tmp_path / "best_model.pth", vocab_size=100))
     assert result.returncode == 2
     assert "vocab_size = 100, but GPT-2's tokens need 50257" in result.stderr

@@ -119,7 +119,7 @@ def test_is_valid_bash(name: str) -> None:
     assert subprocess.run(["bash", "-n", str(SCRIPTS / name)], timeout=20, check=False).returncode == 0
 
 
-def test_asks_for_four_nodes_of_four_gpus_and_differs_from_its_twin_in_the_name_only(name: str) -> None:
+def test_twins_ask_for_the_same_four_nodes(name: str) -> None:
     options, twin = directives(name), directives(NAMES[1 - NAMES.index(name)])
     assert options.pop("job-name") != twin.pop("job-name")
     assert options == twin
@@ -142,23 +142,23 @@ def test_starts_torchrun_once_per_node(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "threads").read_text() == "5"
 
 
-def test_divides_the_cores_among_the_workers_unless_told_otherwise(tmp_path: Path, name: str) -> None:
+def test_workers_share_the_cores(tmp_path: Path, name: str) -> None:
     sbatch(tmp_path, name, TORCHRUN, "config/a.toml")
     assert (tmp_path / "threads").read_text() == "8"  # 32 cores, 4 workers
 
 
-def test_passes_on_every_argument_as_one_word(tmp_path: Path, name: str) -> None:
+def test_every_argument_stays_one_word(tmp_path: Path, name: str) -> None:
     arguments = ["my configs/a.toml", "train.n_steps=100", "train.optim.betas=[0.9, 0.95]", "log_dir=*", 'dataset="x"']
     sbatch(tmp_path, name, TORCHRUN, *arguments)
     assert recorded(tmp_path)[2] == ["train.py", *arguments]
 
 
-def test_runs_in_the_folder_from_which_it_was_submitted(tmp_path: Path, name: str) -> None:
+def test_runs_in_the_submission_folder(tmp_path: Path, name: str) -> None:
     sbatch(tmp_path, name, TORCHRUN, "config/a.toml")
     assert (tmp_path / "folder").read_text() == str(SCRIPTS.parent)
 
 
-def test_jobs_of_near_ids_meet_at_different_ports_which_linux_does_not_give_away(tmp_path: Path, name: str) -> None:
+def test_jobs_meet_at_different_reserved_ports(tmp_path: Path, name: str) -> None:
     ports: list[int] = []
     for job_id in (1, 2, 9_999, 10_000, 67_043_327):
         sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_JOB_ID=str(job_id))
@@ -168,7 +168,7 @@ def test_jobs_of_near_ids_meet_at_different_ports_which_linux_does_not_give_away
 
 
 @pytest.mark.parametrize(("asked", "workers"), [("3", 3), ("a100:2", 2)])
-def test_starts_a_worker_per_gpu_that_was_asked_for(tmp_path: Path, name: str, asked: str, workers: int) -> None:
+def test_starts_a_worker_for_each_gpu(tmp_path: Path, name: str, asked: str, workers: int) -> None:
     assert sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_GPUS_PER_NODE=asked).returncode == 0
     assert f"--nproc_per_node={workers}" in recorded(tmp_path)[1]
 
@@ -179,33 +179,33 @@ def test_ends_with_the_exit_code_of_srun(tmp_path: Path, name: str, exit_code: i
     assert run.returncode == exit_code
 
 
-def test_near_the_time_limit_the_workers_are_told_to_stop_and_the_job_requeued_once(tmp_path: Path, name: str) -> None:
+def test_time_limit_stops_workers_and_requeues_once(tmp_path: Path, name: str) -> None:
     assert signalled(tmp_path, name, signal.SIGUSR1) == (0, ["USR1"], ["requeue 3197816"])
 
 
-def test_a_cancelled_job_tells_the_workers_to_stop_and_is_not_requeued(tmp_path: Path, name: str) -> None:
+def test_cancelled_job_stops_workers_and_is_not_requeued(tmp_path: Path, name: str) -> None:
     assert signalled(tmp_path, name, signal.SIGTERM) == (0, ["USR1"], [])
 
 
 @pytest.mark.parametrize("exit_code", [2, 143])  # 143 also says that a trapped SIGTERM has ended bash's wait
-def test_a_run_that_fails_in_stopping_is_not_requeued(tmp_path: Path, name: str, exit_code: int) -> None:
+def test_run_that_fails_while_stopping_is_not_requeued(tmp_path: Path, name: str, exit_code: int) -> None:
     assert signalled(tmp_path, name, signal.SIGUSR1, SRUN_EXIT_CODE=str(exit_code)) == (exit_code, ["USR1"], [])
 
 
 @pytest.mark.parametrize("exit_code", [0, 1])
-def test_a_run_that_ends_by_itself_is_not_requeued(tmp_path: Path, name: str, exit_code: int) -> None:
+def test_finished_run_is_not_requeued(tmp_path: Path, name: str, exit_code: int) -> None:
     sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SRUN_EXIT_CODE=str(exit_code))
     assert lines_of(tmp_path / "requeued") == []
 
 
-def test_torchrun_does_not_die_of_the_signal_to_stop(tmp_path: Path, name: str) -> None:
+def test_torchrun_survives_the_signal_to_stop(tmp_path: Path, name: str) -> None:
     sbatch(tmp_path, name, TORCHRUN, "config/a.toml")
     words = recorded(tmp_path)[0]
     on_a_node = [*words[words.index("bash") :], "bash", "-c", "kill -USR1 $$; echo alive"]
     assert subprocess.run(on_a_node, capture_output=True, text=True, timeout=20, check=False).stdout == "alive\n"
 
 
-def test_starts_nothing_when_the_hosts_are_unknown(tmp_path: Path, name: str) -> None:
+def test_unknown_hosts_start_nothing(tmp_path: Path, name: str) -> None:
     assert sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_JOB_NODELIST="node[7-8]").returncode != 0
     assert not (tmp_path / "srun").exists()
 
@@ -219,7 +219,7 @@ def test_starts_nothing_when_the_hosts_are_unknown(tmp_path: Path, name: str) ->
         ["config/a.toml", "train.n_steps=100"],
     ],
 )
-def test_wrong_arguments_give_one_line_of_usage(tmp_path: Path, name: str, arguments: list[str]) -> None:
+def test_invalid_arguments_give_one_line_of_usage(tmp_path: Path, name: str, arguments: list[str]) -> None:
     run = sbatch(tmp_path, name, *arguments)
     assert run.returncode == 2
     assert run.stderr.startswith("usage: sbatch ")
@@ -227,7 +227,7 @@ def test_wrong_arguments_give_one_line_of_usage(tmp_path: Path, name: str, argum
     assert not (tmp_path / "srun").exists()
 
 
-def test_started_without_sbatch_says_how_to_start_it(tmp_path: Path, name: str) -> None:
+def test_start_without_sbatch_gives_usage(tmp_path: Path, name: str) -> None:
     run = sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_JOB_ID="")
     assert run.returncode == 2
     assert run.stderr.startswith("usage: sbatch ")

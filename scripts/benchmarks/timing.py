@@ -1,15 +1,14 @@
-"""How bench.py measures: blocks of several arms in turn, ratios within a round, memory that a block allocates."""
+"""How bench.py measures: interleaved blocks of several arms, ratios within a round, memory that a block allocates."""
 
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 Result = dict[str, float | str]  # one line of a table
-Arms = dict[str, Callable[[], object]]  # what a block of each arm does
+Arms = dict[str, Callable[[], object]]  # a block of each arm
 
 
 def alternate(
@@ -19,46 +18,40 @@ def alternate(
     before: Callable[[], object] | None = None,
     now_s: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each block, by arm: arms take turns, after one round that is not counted."""
+    """Return the seconds of each block, by arm. Each round runs every arm once; a first round is not counted."""
+    import torch
+
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times_s: dict[str, list[float]] = {name: [] for name in arms}
     for i in range(rounds + 1):
         for name, block in arms.items():
             if before is not None:
                 before()
-            with clock(now_s) as elapsed_s:
-                block()
+            synchronize()
+            start_s = now_s()
+            block()
+            synchronize()
             if i > 0:
-                times_s[name] += elapsed_s
+                times_s[name].append(now_s() - start_s)
     return times_s
 
 
-@contextmanager
-def clock(now_s: Callable[[], float]) -> Generator[list[float]]:
-    """A list that holds the seconds which the block took, once it has ended."""
-    import torch
-
-    elapsed_s: list[float] = []
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    synchronize()
-    start_s = now_s()
-    yield elapsed_s
-    synchronize()
-    elapsed_s.append(now_s() - start_s)
-
-
 def compare(times_s: dict[str, list[float]], *, base: str, per: int = 1) -> list[Result]:
-    """One line for each arm: ms of one of the `per` steps in a block, and its ratio to the base arm."""
+    """Return one line for each arm: ms of one of the `per` steps in a block, and its ratio to the base arm."""
     return [
         {
             "arm": name,
             "median ms": round(statistics.median(times) * 1e3 / per, 3),
             "fastest ms": round(min(times) * 1e3 / per, 3),
-            f"x {base.split(', ')[-1]}": round(
-                statistics.median(t / b for t, b in zip(times, times_s[base], strict=True)), 3
-            ),
+            f"x {base.split(', ')[-1]}": round(median_ratio(times, times_s[base]), 3),
         }
         for name, times in times_s.items()
     ]
+
+
+def median_ratio(times: list[float], others: list[float]) -> float:
+    """Return the median over rounds of the ratio within a round."""
+    return statistics.median(t / other for t, other in zip(times, others, strict=True))
 
 
 def print_table(results: list[Result]) -> None:
@@ -66,11 +59,8 @@ def print_table(results: list[Result]) -> None:
     lines = [columns, *([str(row.get(column, "")) for column in columns] for row in results)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     for line in lines:
-        cells = [
-            line[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-        ]
-        print("  ".join(cells))
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        print("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
 
 
 def repeat(function: Callable[[], object], n: int) -> None:
@@ -79,9 +69,9 @@ def repeat(function: Callable[[], object], n: int) -> None:
 
 
 def peak_temporary_bytes(block: Callable[[], object]) -> int:
-    """The most memory that `block` holds at once beyond what was allocated before it, state that it creates included.
+    """Return the most memory that `block` holds at once beyond what was allocated before, new state included.
 
-    On the CPU from the profiler's record of every allocation and release of torch's allocator.
+    On the CPU it comes from the profiler's record of every allocation and release of torch's allocator.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -107,7 +97,10 @@ def peak_temporary_bytes(block: Callable[[], object]) -> int:
 
 
 def pss_bytes(pid: int | str) -> int:
-    """Proportional set size of a process, or of "self": of a page that n share each has 1/n. 0: it has ended."""
+    """Return the proportional set size of a process, or of "self". It is 0 if the process has ended.
+
+    A page that n processes share counts 1/n in each of them.
+    """
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

@@ -1,9 +1,9 @@
-"""One worker of `netlab.py compare`, started by torchrun: measures the step times of all arms in turn.
+"""One worker of `netlab.py compare`, started by torchrun: measures the step times of interleaved arms.
 
-    torchrun ... netlab_worker.py settings.json result.json
+    torchrun ... -m scripts.lab.worker settings.json result.json
 
 Computation is emulated, so that workers which share cores do not measure each other: a layer's forward and backward
-sleep, then the backward hands over gradients that lie ready. All else is real: communication, optimizers, copies.
+sleep, then the backward returns ready-made gradients. All else is real: communication, optimizers, copies.
 """
 
 import json
@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 import torch.distributed as dist
 from loguru import logger
@@ -27,11 +25,11 @@ from torch.optim import AdamW, Optimizer
 
 from decent import AllReduceDP, DecentDP, World
 from optim import AccumAdamW
-from scripts.netlab_compare import Arm
+from scripts.lab.methods import Method
 
 LR = 1e-4
-N_TOKENS = 2048  # rows of the emulated embedding
-SENT_BYTES = Path("/sys/class/net/eth0/statistics/tx_bytes")  # of this worker's node
+N_TOKENS = 2048  # rows of the embedding
+SENT_BYTES = Path("/sys/class/net/eth0/statistics/tx_bytes")  # counter of this worker's node
 MIN_WARMUP_STEPS = 2
 
 
@@ -45,10 +43,10 @@ class EmulatedGPT(nn.Module):
         shapes = [[(N_TOKENS, c)], *[block] * n_layers]
         self.layers = [nn.ParameterList(torch.randn(*shape) * 0.02 for shape in layer) for layer in shapes]
         self.registered = nn.ModuleList(self.layers)
-        self.gradients: list[list[Tensor]] = []  # by layer, shared by all arms
-        self.forward_s = settings["forward_ms"] / 1e3 / n_layers  # of one block
+        self.gradients: list[list[Tensor]] = []  # by layer; all arms share them
+        self.forward_s = settings["forward_ms"] / 1e3 / n_layers  # in one block
         self.backward_s = settings["backward_ms"] / 1e3 / n_layers
-        self.slowness = 1.0  # of this worker in this step
+        self.slowness = 1.0  # factor of this worker's computation in this step
 
     def forward(self, x: Tensor) -> Tensor:
         for i, (layer, gradients) in enumerate(zip(self.layers, self.gradients, strict=True)):
@@ -69,84 +67,81 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         time.sleep(ctx.backward_s)
-        # A new view of each, which autograd keeps as p.grad; a tensor that others hold too would be copied.
+        # Autograd keeps a new view as p.grad, but would copy a tensor that is referenced elsewhere too.
         return grad, None, None, None, *[g.view_as(g) for g in ctx.gradients]
 
 
 def nothing() -> None:
-    """For what an arm does not do."""
+    """Do nothing, where a method has nothing to do."""
 
 
 @dataclass(frozen=True)
-class Contender:
-    """An arm as the measurement sees it."""
+class Training:
+    """A method that is set up in this worker: the calls that make one training step."""
 
     gpt: EmulatedGPT
     model: nn.Module  # gpt or a wrapper of it
-    new_optimizer: Callable[[], Optimizer] | None  # None: the wrapper has its own
+    new_optimizer: Callable[[], Optimizer] | None  # None means that the wrapper has its own
     cycle: int = 1  # steps until the communication repeats
     mix: Callable[[], None] = nothing
     exchange: Callable[[], None] = nothing
-    exchange_alone: Callable[[], object] | None = None  # that of a whole cycle; None: there is none
-    drain: Callable[[], None] = nothing  # waits for what is still on its way
+    exchange_alone: Callable[[], object] | None = None  # exchanges of a whole cycle
+    drain: Callable[[], None] = nothing  # waits for the exchange in flight
 
     @property
     def warmup_steps(self) -> int:
         return -(-MIN_WARMUP_STEPS // self.cycle) * self.cycle
 
 
-def build(arm: Arm, settings: dict[str, Any], gradients: list[list[Tensor]], world: World) -> Contender:
-    """
-    Raises:
-        ValueError: this arm cannot run here, on no worker.
-    """
+def build(method: Method, settings: dict[str, Any], gradients: list[list[Tensor]], world: World) -> Training:
+    """Set the method up. Raises ValueError, on all workers, if it cannot run here."""
     torch.manual_seed(0)
     gpt = EmulatedGPT(settings)
     gpt.gradients = gradients
     builders = {"pytorchddp": _pytorchddp, "localsgd": _localsgd, "decentdp": _decentdp, "decent-dp": _decent_dp}
-    if arm.family == "none":
-        return Contender(gpt, gpt, _optimizer(arm, gpt))
-    return builders[arm.family](arm, gpt, world)
+    if method.family == "none":
+        return Training(gpt, gpt, _optimizer(method, gpt))
+    return builders[method.family](method, gpt, world)
 
 
-def _optimizer(arm: Arm, gpt: nn.Module) -> Callable[[], Optimizer]:
-    if arm.optimizer == "accumadamw":
+def _optimizer(method: Method, gpt: nn.Module) -> Callable[[], Optimizer]:
+    if method.optimizer == "accumadamw":
         return lambda: AccumAdamW(gpt.parameters(), lr=LR)
     return lambda: AdamW(gpt.parameters(), lr=LR, fused=True)
 
 
-def _pytorchddp(arm: Arm, gpt: EmulatedGPT, world: World) -> Contender:
+def _pytorchddp(method: Method, gpt: EmulatedGPT, world: World) -> Training:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-    if arm.variant == "4mb":
+    if method.variant == "4mb":
         model: DistributedDataParallel = DistributedDataParallel(gpt, gradient_as_bucket_view=True, bucket_cap_mb=4)
     else:
         model = AllReduceDP(gpt, world.device)
     dtype = torch.float32
-    if arm.variant == "16bit":
+    if method.variant == "16bit":
         dtype = torch.float16  # torch refuses its bfloat16 hook on CPUs
         model.register_comm_hook(dist.group.WORLD, fp16_compress_hook)
     alone = torch.zeros(_numel(gpt), dtype=dtype)
-    return Contender(gpt, model, _optimizer(arm, gpt), exchange_alone=lambda: dist.all_reduce(alone))
+    return Training(gpt, model, _optimizer(method, gpt), exchange_alone=lambda: dist.all_reduce(alone))
 
 
-def _localsgd(arm: Arm, gpt: EmulatedGPT, _: World) -> Contender:
+def _localsgd(method: Method, gpt: EmulatedGPT, _: World) -> Training:
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
     from torch.distributed.optim import PostLocalSGDOptimizer
 
     def new_optimizer() -> Optimizer:
-        averager = PeriodicModelAverager(period=arm.every, warmup_steps=0)
-        return PostLocalSGDOptimizer(_optimizer(arm, gpt)(), averager)
+        averager = PeriodicModelAverager(period=method.every, warmup_steps=0)
+        return PostLocalSGDOptimizer(_optimizer(method, gpt)(), averager)
 
     alone = torch.zeros(_numel(gpt))
-    return Contender(gpt, gpt, new_optimizer, cycle=arm.every, exchange_alone=lambda: dist.all_reduce(alone))
+    return Training(gpt, gpt, new_optimizer, cycle=method.every, exchange_alone=lambda: dist.all_reduce(alone))
 
 
-def _decentdp(arm: Arm, gpt: EmulatedGPT, world: World) -> Contender:
-    assert arm.topology is not None
-    comm_dtype = torch.bfloat16 if arm.bf16 else None
-    model = DecentDP(gpt, arm.topology, world.local_world_size, comm_dtype=comm_dtype, gossip_every=arm.every)
-    cycle = model.topology.period * arm.every
+def _decentdp(method: Method, gpt: EmulatedGPT, world: World) -> Training:
+    assert method.topology is not None
+    comm_dtype = torch.bfloat16 if method.bf16 else None
+    model = DecentDP(gpt, method.topology, world.local_world_size, comm_dtype=comm_dtype, gossip_every=method.every)
+    cycle = model.topology.period * method.every
 
     def exchange_alone() -> None:
         for _ in range(cycle):
@@ -154,23 +149,23 @@ def _decentdp(arm: Arm, gpt: EmulatedGPT, world: World) -> Contender:
             model.exchange()
         model.wait()
 
-    return Contender(gpt, model, _optimizer(arm, gpt), cycle, model.mix, model.exchange, exchange_alone, model.wait)
+    return Training(gpt, model, _optimizer(method, gpt), cycle, model.mix, model.exchange, exchange_alone, model.wait)
 
 
-def _decent_dp(arm: Arm, gpt: EmulatedGPT, world: World) -> Contender:
-    assert arm.topology is not None
+def _decent_dp(method: Method, gpt: EmulatedGPT, world: World) -> Training:
+    assert method.topology is not None
     try:
         from decent_dp.ddp import DecentralizedDataParallel  # pyright: ignore[reportMissingImports]
         from decent_dp.optim import optim_fn_accum_adamw  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError("decent-dp is not installed: pip install decent-dp==0.2.3 --no-deps") from None
     logger.disable("decent_dp")
-    if arm.topology == "alternating-exp-ring" and world.local_world_size == 1:
+    if method.topology == "alternating-exp-ring" and world.local_world_size == 1:
         raise ValueError("decent-dp divides by zero in it with one worker on a node")
     model = DecentralizedDataParallel(
         gpt,
-        partial(optim_fn_accum_adamw, lr=LR) if arm.optimizer == "accumadamw" else _fused_adamw,
-        topology={"exp": "one-peer-exp"}.get(arm.topology, arm.topology),
+        partial(optim_fn_accum_adamw, lr=LR) if method.optimizer == "accumadamw" else _fused_adamw,
+        topology={"exp": "one-peer-exp"}.get(method.topology, method.topology),
         _local_world_size=world.local_world_size,
     )
     cycle = len(model._topo._edges)
@@ -185,7 +180,7 @@ def _decent_dp(arm: Arm, gpt: EmulatedGPT, world: World) -> Contender:
             if work is not None:
                 work.wait()
 
-    return Contender(gpt, model, None, cycle, exchange_alone=exchange_alone, drain=drain)
+    return Training(gpt, model, None, cycle, exchange_alone=exchange_alone, drain=drain)
 
 
 def _fused_adamw(named_parameters: list[tuple[str, Tensor]]) -> Optimizer:
@@ -196,52 +191,53 @@ def _numel(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def run_steps(contender: Contender, optimizer: Optimizer | None, slowness: list[float]) -> dict[str, float]:
-    """One training step for each entry, which says how many times as long this worker's computation takes; returns
-    the milliseconds per step in each phase."""
+def run_steps(training: Training, optimizer: Optimizer | None, slowness: list[float]) -> dict[str, float]:
+    """Take one training step for each factor of this worker's computation. Return the ms per step in each phase."""
     x = torch.zeros((), requires_grad=True)
     total: dict[str, float] = dict.fromkeys(("compute", "mix", "optimizer", "exchange"), 0.0)
-    for contender.gpt.slowness in slowness:
+    for training.gpt.slowness in slowness:
         t0 = time.perf_counter()
-        contender.model(x).backward()
+        training.model(x).backward()
         t1 = time.perf_counter()
-        contender.mix()
+        training.mix()
         t2 = time.perf_counter()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
         t3 = time.perf_counter()
-        contender.exchange()
+        training.exchange()
         t4 = time.perf_counter()
         for phase, seconds in zip(total, (t1 - t0, t2 - t1, t3 - t2, t4 - t3), strict=True):
             total[phase] += 1e3 * seconds / len(slowness)
     return total
 
 
-def measure_block(contender: Contender, settings: dict[str, Any], world: World, round_: int) -> dict[str, Any]:
-    """The raw numbers of one block: lists over workers, `sent_bytes` over nodes. A collective."""
-    optimizer = contender.new_optimizer() if contender.new_optimizer else None  # state only while it is needed
-    cycle = contender.cycle
+def measure_block(training: Training, settings: dict[str, Any], world: World, round_: int) -> dict[str, Any]:
+    """Return the raw numbers of one block: lists over workers, `sent_bytes` over nodes. A collective."""
+    optimizer = training.new_optimizer() if training.new_optimizer else None  # its state lives for this block only
+    cycle = training.cycle
     n_steps = -(-settings["steps"] // cycle) * cycle
-    slowness = [slowness_of(world, round_, step, settings["straggler"]) for step in range(n_steps)]
+    slowness = [
+        slowness_of(world.rank, world.world_size, round_, step, settings["straggler"]) for step in range(n_steps)
+    ]
 
     dist.barrier()
     sent = int(SENT_BYTES.read_text())
-    run_steps(contender, optimizer, [1.0] * contender.warmup_steps)
+    run_steps(training, optimizer, [1.0] * training.warmup_steps)
     dist.barrier()
     start, cpu_start = time.perf_counter(), time.process_time()
-    phases_ms = run_steps(contender, optimizer, slowness)
+    phases_ms = run_steps(training, optimizer, slowness)
     ms, cpu_ms = (1e3 * t / n_steps for t in (time.perf_counter() - start, time.process_time() - cpu_start))
-    contender.drain()
+    training.drain()
     dist.barrier()
-    # Of all steps, the warm-up too: the link still carries the last exchange when the clock stops.
-    sent = (int(SENT_BYTES.read_text()) - sent) / (contender.warmup_steps + n_steps)
+    # Averaged over all steps, the warm-up too: the link still carries the last exchange when the clock stops.
+    sent = (int(SENT_BYTES.read_text()) - sent) / (training.warmup_steps + n_steps)
 
     exchange_ms = None
-    if contender.exchange_alone is not None:
+    if training.exchange_alone is not None:
         dist.barrier()
         start = time.perf_counter()
-        contender.exchange_alone()
+        training.exchange_alone()
         exchange_ms = 1e3 * (time.perf_counter() - start) / cycle
     own = {"ms": ms, "phases_ms": phases_ms, "cpu_ms": cpu_ms, "exchange_ms": exchange_ms, "sent_bytes": sent}
     workers = world.all_gather(own)
@@ -252,21 +248,21 @@ def measure_block(contender: Contender, settings: dict[str, Any], world: World, 
     return block
 
 
-def slowness_of(world: World, round_: int, step: int, straggler: float) -> float:
-    """`straggler` for the worker that is drawn in this step, the same in all arms; 1 for the others.
+def slowness_of(rank: int, world_size: int, round_: int, step: int, straggler: float) -> float:
+    """Return `straggler` for the worker that is drawn in this step, the same in all arms; 1 for the others.
 
-    Two rounds each have the same draws, in the second a step earlier: whom a topology pairs in even steps, and whether
-    a library counts its steps from 0 or 1, must not decide which arm meets the harder draws.
+    Two rounds each have the same draws, in the second a step earlier. Else the parity of a step, by which topologies
+    choose pairs and libraries count, would decide which arm meets the harder draws.
     """
-    drawn = random.Random(1000 * (round_ // 2) + step + round_ % 2).randrange(world.world_size)
-    return straggler if drawn == world.rank else 1.0
+    drawn = random.Random(1000 * (round_ // 2) + step + round_ % 2).randrange(world_size)
+    return straggler if drawn == rank else 1.0
 
 
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     world = World.from_env()
     if world.rank != 0:
-        logger.remove()  # one worker says it for all
+        logger.remove()  # one worker logs for all
     with world.connected():
         result = measure(settings, world)
         if world.rank == 0:
@@ -276,16 +272,17 @@ def main() -> None:
 
 def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
     gradients = [[torch.randn_like(p) * 1e-3 for p in layer] for layer in EmulatedGPT(settings).layers]
-    contenders, arms, skipped = [], [], []
-    for arm in (Arm(**arm) for arm in settings["arms"]):
+    trainings: list[Training] = []
+    arms, skipped = [], []
+    for method in (Method(**fields) for fields in settings["arms"]):
         try:
-            contenders.append(build(arm, settings, gradients, world))
-            arms.append({"name": arm.name, "blocks": []})
+            trainings.append(build(method, settings, gradients, world))
+            arms.append({"name": method.name, "blocks": []})
         except ValueError as error:
-            skipped.append({"name": arm.name, "skipped": str(error)})
+            skipped.append({"name": method.name, "skipped": str(error)})
     for round_ in range(settings["rounds"]):
-        for contender, arm in zip(contenders, arms, strict=True):
-            block = measure_block(contender, settings, world, round_)
+        for training, arm in zip(trainings, arms, strict=True):
+            block = measure_block(training, settings, world, round_)
             arm["blocks"].append(block)
             if world.rank == 0:
                 ms = sum(block["ms"]) / len(block["ms"])

@@ -7,8 +7,6 @@ import argparse
 import functools
 import itertools
 import json
-import multiprocessing
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,35 +15,31 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scripts.arguments import MAX_PROCESSES, InputError, whole
-from scripts.bench_timing import Arms, Result, alternate, compare, pss_bytes, repeat
+from scripts.benchmarks.timing import Arms, Result, alternate, compare, median_ratio, pss_bytes, repeat
+from scripts.benchmarks.workers import run_in_workers
+from scripts.lab.options import MAX_PROCESSES, InputError, whole
 
 if TYPE_CHECKING:
-    from multiprocessing.queues import SimpleQueue
-    from multiprocessing.synchronize import Barrier
-
     import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "config/quickstart.toml"
-ROWS, GLOBAL_BATCH_SIZE, CONTEXT_LENGTH = 30, 480, 1024  # of a worker of config/gpt2-small.toml
-BATCHES = 100  # in a block
+ROWS, GLOBAL_BATCH_SIZE, CONTEXT_LENGTH = 30, 480, 1024  # shape of a worker's batch in config/gpt2-small.toml
+BATCHES = 100  # length of a block
 VOCAB_SIZE = 50_304
 
 
-def add_parser(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", common: argparse.ArgumentParser
-) -> None:
-    parser = commands.add_parser("loader", parents=[common], help="batches, the wait for them, memory of the corpus")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tokens", type=whole(CONTEXT_LENGTH + 1), default=120_000_000, help="in the file; 2 bytes each"
+        "--tokens", type=whole(CONTEXT_LENGTH + 1), default=120_000_000, help="tokens in the file, 2 bytes each"
     )
     parser.add_argument("--workers", type=whole(1, MAX_PROCESSES), default=4)
-    parser.add_argument("--steps", type=whole(0), default=40, help="of training with config/quickstart.toml; 0: none")
-    parser.set_defaults(command=bench_loader)
+    parser.add_argument(
+        "--steps", type=whole(0), default=40, help="training steps with config/quickstart.toml; 0: no training"
+    )
 
 
-def bench_loader(args: argparse.Namespace) -> list[Result]:
+def measure(args: argparse.Namespace) -> list[Result]:
     from config import load_config
 
     batch_size = load_config(QUICKSTART).train.global_batch_size
@@ -70,11 +64,11 @@ def write_random(path: Path, n_tokens: int) -> None:
 
 
 def batches(folder: Path, rounds: int) -> list[Result]:
-    """ms per batch, x and y int64 on the CPU."""
+    """Return ms per batch of x and y, each (ROWS, CONTEXT_LENGTH) int64 on the CPU."""
     from data.loader import TokenDataset
 
     base = "nanoGPT get_batch"
-    steps = iter(range(10**9))
+    steps = itertools.count()
     arms: Arms = {base: functools.partial(repeat, functools.partial(nanogpt_get_batch, folder / "train.bin"), BATCHES)}
     for name, in_memory in (("memmap", False), ("in_memory", True)):
         dataset = TokenDataset(folder, CONTEXT_LENGTH, 42, in_memory, vocab_size=VOCAB_SIZE)
@@ -82,18 +76,17 @@ def batches(folder: Path, rounds: int) -> list[Result]:
         def batch(dataset: TokenDataset = dataset) -> None:
             dataset.batch("train", next(steps), slice(ROWS), GLOBAL_BATCH_SIZE)
 
-        repeat(batch, 3000)  # until the process has mapped most of what it will
+        repeat(batch, 3000)  # until the process has mapped most of the pages that it will
         arms[name] = functools.partial(repeat, batch, BATCHES)
     times_s = alternate(arms, rounds)
     rows = compare(times_s, base=base, per=BATCHES)
     for row in rows:
-        ratios = [b / t for b, t in zip(times_s[base], times_s[str(row["arm"])], strict=True)]
-        row["times as fast"] = round(statistics.median(ratios), 1)
+        row["times as fast"] = round(median_ratio(times_s[base], times_s[str(row["arm"])]), 1)
     return rows
 
 
 def nanogpt_get_batch(path: Path) -> "tuple[torch.Tensor, torch.Tensor]":
-    """As nanoGPT's train.py has it: the file is mapped anew for each batch, and rows are copied one by one."""
+    """Return a batch as nanoGPT's train.py makes it: maps the file for each batch, and copies row by row."""
     import torch
 
     data = np.memmap(path, dtype=np.uint16, mode="r")
@@ -104,20 +97,8 @@ def nanogpt_get_batch(path: Path) -> "tuple[torch.Tensor, torch.Tensor]":
 
 
 def shared_memory(folder: Path, n_workers: int) -> Result:
-    """What the corpus takes when so many processes hold it in_memory and have read all of it, over its size."""
-    context = multiprocessing.get_context("spawn")  # nothing is shared by a fork
-    barrier, answers = context.Barrier(n_workers), context.SimpleQueue()
-    workers = [
-        context.Process(target=_hold_corpus, args=(rank, folder, barrier, answers), daemon=True)
-        for rank in range(n_workers)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        if worker.exitcode:
-            raise SystemExit("bench.py loader: a worker that should hold the corpus failed")
-    held_bytes = sum(answers.get() for _ in workers)
+    """Return the memory of n workers of one node that hold the corpus in_memory and have read it, over its size."""
+    held_bytes = run_in_workers(_hold_corpus, n_workers, folder)
     corpus_bytes = sum(path.stat().st_size for path in folder.glob("*.bin"))
     return {
         "arm": f"in_memory, {n_workers} workers",
@@ -127,34 +108,34 @@ def shared_memory(folder: Path, n_workers: int) -> Result:
     }
 
 
-def _hold_corpus(rank: int, folder: Path, barrier: "Barrier", answers: "SimpleQueue[int]") -> None:
-    """Answers by how much this process's share of memory grew; each page counts 1/n with its n processes."""
-    from data.loader import Load, TokenDataset
-    from data.node_memory import MemoryFile
+def _hold_corpus(rank: int, n_workers: int, folder: Path) -> int:
+    """Return by how many bytes the memory of all workers grew. A page that n processes share counts 1/n in each."""
+    import torch
+    import torch.distributed as dist
 
-    calls = itertools.count()
+    from data.loader import TokenDataset
+    from decent import World
 
-    def share(load: Load | None) -> MemoryFile:
-        place = folder / f"place-{next(calls)}.json"
-        if load is not None:
-            place.write_text(json.dumps(load()))
-        barrier.wait()
-        return MemoryFile(*json.loads(place.read_text()))
+    def all_held_bytes() -> int:
+        dist.barrier()  # libraries that a worker still loads would be shared, and take from the others' share
+        held_bytes = torch.tensor(pss_bytes("self"))
+        dist.all_reduce(held_bytes)
+        return int(held_bytes)
 
-    np.arange(2**20).max()  # what numpy and Python keep after first use is not the corpus
-    barrier.wait()  # what another one loads in the meantime is shared, and takes from ours
-    before_bytes = pss_bytes("self")
-    barrier.wait()
-    dataset = TokenDataset(folder, CONTEXT_LENGTH, 42, True, vocab_size=VOCAB_SIZE, local_rank=rank, share=share)
+    np.arange(2**20).max()  # numpy keeps memory after its first use
+    all_held_bytes()  # as does gloo
+    before_bytes = all_held_bytes()
+    world = World(rank, n_workers, local_rank=rank, local_world_size=n_workers, device=torch.device("cpu"))
+    dataset = TokenDataset(
+        folder, CONTEXT_LENGTH, 42, True, vocab_size=VOCAB_SIZE, local_rank=rank, share=world.once_per_node
+    )
     for tokens in dataset.tokens.values():
         tokens.max()
-    barrier.wait()
-    answers.put(pss_bytes("self") - before_bytes)
-    barrier.wait()
+    return all_held_bytes() - before_bytes
 
 
 def waiting(folder: Path, args: argparse.Namespace) -> Result:
-    """How long rank 0 waits for batches in a run of the quickstart's configuration."""
+    """Return how long rank 0 waits for batches in a run of the quickstart's configuration."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.workers}"]
     command += [str(ROOT / "train.py"), str(QUICKSTART), f"data_dir={folder}", f"log_dir={folder}"]
     command += ["log.run_name=run", "train.lr_schedule.warmup_steps=0", f"train.n_steps={args.steps}"]

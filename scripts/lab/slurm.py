@@ -1,4 +1,7 @@
-"""A real SLURM cluster on this machine, for test_slurm.sh: slurmctld, and nodes that are hosts of their own.
+"""A real SLURM cluster on this machine, for tests/slurm: slurmctld, and nodes that are hosts of their own.
+
+    with SlurmLab(n_nodes=5) as lab:
+        lab.slurm("sbatch", "job.sh")
 
     host: slurmctld, munged, sbatch           namespaces slurmlab-node1, ...
           bridge slurmlab0 10.77.0.1  ======  eth0 10.77.0.11, slurmd, its jobs
@@ -20,11 +23,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-STATE = Path("/var/lib/slurmlab")  # not below /run or /tmp, which may forbid programs: slurmd runs batch scripts there
+ROOT = Path(__file__).resolve().parents[2]
+STATE = Path("/var/lib/slurmlab")  # slurmd runs batch scripts there, which /run and /tmp may forbid
 BRIDGE, NAMESPACE, CABLE = "slurmlab0", "slurmlab-{}", "slurmlab-v{}"
 CONTROLLER, ADDRESS = "slurmlab-ctl", "10.77.0.{}"
-PORTS = {"SlurmctldPort": 16817, "SlurmdPort": 16818}  # not the usual ones, which may be in use here
-GPUS_PER_NODE, CPUS_PER_NODE = 4, 128  # declared to SLURM, not there
+PORTS = {"SlurmctldPort": 16817, "SlurmdPort": 16818}  # unusual ones, for a SLURM may run here already
+GPUS_PER_NODE, CPUS_PER_NODE = 4, 128  # numbers declared to SLURM, without hardware
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "ip", "unshare", "nsenter")
 PATH = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
 PR_SET_PDEATHSIG = 1  # Linux: prctl.h
@@ -62,15 +66,15 @@ PreemptMode=REQUEUE
 PartitionName=lab Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
-# JobRequeue=0: what requeues a job is in the job. ReturnToService=2: a node that crashed is used when it is back.
+# JobRequeue=0: only the job's own script requeues it. ReturnToService=2: a crashed node is used again once it is back.
 
-# pid 1 of a node; $1 its name, $2 the state folder. Its end is the end of all processes of the node.
+# pid 1 of a node; $1 is its name, $2 the state folder. When it ends, so do all processes of the node.
 NODE_INIT = """\
 hostname "$1" && mount --bind "$2/hosts" /etc/hosts || exit
 mount -t tmpfs -o mode=1777 slurmlab-shm /dev/shm
 slurmd -D -f "$2/slurm.conf" &
 slurmd=$!
-while kill -0 "$slurmd" 2>/dev/null; do wait "$slurmd"; done # bash also buries the orphans
+while kill -0 "$slurmd" 2>/dev/null; do wait "$slurmd"; done # bash also reaps the orphans
 """
 
 
@@ -79,16 +83,16 @@ class LabError(RuntimeError):
 
 
 class SlurmLab:
-    """A cluster of n_nodes for as long as its `with` block runs, and nothing of it afterwards."""
+    """A cluster of n nodes for as long as its `with` block runs. Nothing of it is left afterwards."""
 
     def __init__(self, n_nodes: int) -> None:
         self.nodes = [f"node{i}" for i in range(1, n_nodes + 1)]
-        self._daemons: dict[str, subprocess.Popen[bytes]] = {}  # by node, and the two of the host
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}  # by name: the nodes, slurmctld and munged
         self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": str(STATE / "slurm.conf")}
 
     def __enter__(self) -> "SlurmLab":
         self._check()
-        self._remove()  # what one that was killed has left
+        self._remove()  # a killed cluster may have left something
         try:
             self._write_files()
             self._start_host()
@@ -106,14 +110,12 @@ class SlurmLab:
             self._kill(name)
         self._remove()
 
-    # --- for the tests
-
     def slurm(self, *command: str) -> str:
-        """What a command of SLURM prints: lab.slurm("sinfo", "-h")."""
+        """Return the output of a command of SLURM: lab.slurm("sinfo", "-h")."""
         return _run(*command, env=self.env)
 
     def crash(self, node: str) -> None:
-        """Like a power cut: all its processes are gone at once."""
+        """End all processes of a node at once, as a power cut does."""
         self._kill(node)
 
     def boot(self, node: str) -> None:
@@ -123,7 +125,7 @@ class SlurmLab:
         self._start(node, [*namespace, *own, *init])
 
     def wait_for_nodes(self) -> None:
-        """Until all nodes can take a job."""
+        """Wait until all nodes can take a job."""
 
         def ready() -> bool:
             return set(self.slurm("sinfo", "-h", "-N", "-o", "%T").split()) <= {"idle", "allocated", "mixed"}
@@ -133,7 +135,7 @@ class SlurmLab:
             raise LabError(f"SLURM's nodes are not ready:\n{self.slurm('sinfo', '-N', '-o', '%N %T %E')}{log}")
 
     def processes(self, node: str, pattern: str) -> list[str]:
-        """Command lines of a node's processes that match a regular expression, each after its process id there."""
+        """Return process id and command line of the processes on a node that match a regular expression."""
         inside = ["nsenter", f"--target={self._init(node)}", "--pid", "--mount"]
         lines = _run(*inside, "ps", "-eo", "pid=,args=").splitlines()
         return [line.strip() for line in lines if re.search(pattern, line)]
@@ -141,17 +143,13 @@ class SlurmLab:
     def kill(self, node: str, pid: str) -> None:
         _run("nsenter", f"--target={self._init(node)}", "--pid", "--mount", "kill", "-KILL", pid)
 
-    # --- how it is built
-
     def _check(self) -> None:
         if os.geteuid() != 0:
-            raise LabError(
-                "needs root, to make hosts out of namespaces: run it with sudo, or in a privileged container"
-            )
+            raise LabError("needs root, to make hosts of namespaces: run it with sudo, or in a privileged container")
         missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
         if missing:
             raise LabError(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge iproute2")
-        if b"slurmlab" in b"".join(path.read_bytes() for path in _command_lines("slurmctld")):
+        if str(STATE) in _run("pgrep", "-a", "-x", "slurmctld", check=False):
             raise LabError("another cluster of this kind is up: one at a time")
         addresses = _run("ip", "-4", "-o", "addr").splitlines()
         in_use = [line for line in addresses if ADDRESS.format("") in line and f" {BRIDGE} " not in line]
@@ -208,7 +206,7 @@ class SlurmLab:
         return ADDRESS.format(11 + self.nodes.index(node))
 
     def _init(self, node: str) -> int:
-        """The process id, on the host, of the node's pid 1: the child of `unshare --fork`."""
+        """Process id, on the host, of the node's pid 1, which is the child of `unshare --fork`."""
         unshare = self._daemons[node].pid
         return int(Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0])
 
@@ -223,13 +221,13 @@ class SlurmLab:
                 stderr=log,
                 cwd=STATE,
                 env=env,
-                start_new_session=True,  # Ctrl-C is for the tests, which then stop it
+                start_new_session=True,  # Ctrl-C reaches the tests, which then stop the daemons
                 preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
             )
 
     def _kill(self, name: str) -> None:
         if (daemon := self._daemons.pop(name, None)) is not None:
-            daemon.kill()  # of a node `unshare --kill-child` takes pid 1 along, and that all others
+            daemon.kill()  # `unshare --kill-child` takes a node's pid 1 along, which takes all others
             daemon.wait()
 
     def _remove(self) -> None:
@@ -241,19 +239,13 @@ class SlurmLab:
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether it became true in that time."""
+    """Return whether the condition became true in that time."""
     end = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end:
             return False
         time.sleep(0.2)
     return True
-
-
-def _command_lines(program: str) -> list[Path]:
-    """/proc/<pid>/cmdline of the processes of that name on this machine."""
-    pids = _run("pgrep", "-x", program, check=False).split()
-    return [path for pid in pids if (path := Path(f"/proc/{pid}/cmdline")).exists()]
 
 
 def _run(*command: str, env: dict[str, str] | None = None, check: bool = True) -> str:
@@ -263,6 +255,7 @@ def _run(*command: str, env: dict[str, str] | None = None, check: bool = True) -
         capture_output=True,
         text=True,
         timeout=60,
+        cwd=ROOT,
         env=env or {**os.environ, "PATH": PATH},
         check=False,
     )

@@ -1,4 +1,4 @@
-"""The network of `netlab.py`: namespaces joined by a bridge, limits on their links, torchrun in each of them.
+"""The network of netlab.py: namespaces joined by a bridge, limits on their links, torchrun in each of them.
 
              namespace nl<id>n0              namespace nl<id>sw
             +--------------+   veth   +-------------------------+
@@ -11,6 +11,7 @@
 Workers of one node talk over its loopback, which has no limit.
 """
 
+import argparse
 import json
 import os
 import re
@@ -25,12 +26,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple, TextIO
 
-ADDRESS = "10.88.0.{}"  # of node - FIRST_HOST; every lab has its own bridge, so all use the same
+ADDRESS = "10.88.0.{}"  # every lab has a bridge of its own, so that all can use the same addresses
 FIRST_HOST = 11
 RENDEZVOUS_PORT = 29400
-QUEUE_S = 0.1  # what a link holds back before it drops, as time at its rate
-GRACE_S = 5  # for the other nodes to end by themselves once one has failed
-JOIN_TIMEOUT_S = 120  # for all nodes to meet
+QUEUE_S = 0.1  # length of a link's queue, as time at its rate
+GRACE_S = 5  # time in which the other nodes can end by themselves once one has failed
+JOIN_TIMEOUT_S = 120  # time in which all nodes must meet
 
 
 class LabError(RuntimeError):
@@ -39,7 +40,21 @@ class LabError(RuntimeError):
 
 class Rate(NamedTuple):
     text: str  # as the user wrote it
-    bits_per_s: float | None  # None: no limit
+    bits_per_s: float | None  # None means no limit
+
+
+def parse_rates(text: str) -> list[Rate]:
+    return [parse_rate(part) for part in text.split(",")]
+
+
+def parse_rate(text: str) -> Rate:
+    """Return the rate that is written as 200mbit, 1.5gbit, 800kbit or unlimited, for argparse."""
+    if text == "unlimited":
+        return Rate(text, None)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)bit", text.lower())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a bandwidth such as 200mbit, 1gbit or unlimited")
+    return Rate(text, float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]])
 
 
 def require_root_and_iproute2() -> None:
@@ -55,9 +70,9 @@ class Lab:
 
     def __init__(self, rates: list[Rate], lab_id: str | None = None, made: list[str] | None = None) -> None:
         self.rates = rates  # one for each node
-        self.id = lab_id or str(os.getpid())  # unique now, and it tells later whether the owner still lives
+        self.id = lab_id or str(os.getpid())  # unique, and it tells later whether the owner is alive
         self._switch = f"nl{self.id}sw"
-        self._made = made or []  # namespaces that are this lab's to remove
+        self._made = made or []  # namespaces, which this lab removes
 
     def __enter__(self) -> "Lab":
         try:
@@ -82,7 +97,7 @@ class Lab:
         return ADDRESS.format(FIRST_HOST + node)
 
     def traffic(self, node: int) -> dict[str, int]:
-        """Bytes that went out and came in over the node's link so far, and packets that its limits dropped."""
+        """Return the bytes that the node has sent and received, and the packets that its limits have dropped."""
         link = json.loads(_tool("ip", "-n", self.namespace(node), "-j", "-s", "link", "show", "eth0"))[0]
         drops = 0
         for namespace, device in self._ends(node):
@@ -92,8 +107,8 @@ class Lab:
         return {"sent_bytes": sent_bytes, "received_bytes": received_bytes, "drops": drops}
 
     def remove(self) -> None:
-        """Ends the processes in this lab's namespaces and removes these; links and limits go with them."""
-        with _signals_ignored():  # a second Ctrl-C must not leave half of it
+        """End the processes in this lab's namespaces and remove these. Links and limits go with them."""
+        with _signals_ignored():  # a second Ctrl-C must not leave half of the lab
             for number in (signal.SIGTERM, signal.SIGKILL):
                 for pid in self._pids():
                     with suppress(ProcessLookupError):
@@ -109,7 +124,7 @@ class Lab:
         return [int(pid) for name in self._made for pid in _tool("ip", "netns", "pids", name, check=False).split()]
 
     def _add_namespace(self, name: str) -> None:
-        self._made.append(name)  # before it is there: an interrupt may come between
+        self._made.append(name)  # first, for an interrupt may come right after the next line
         try:
             _tool("ip", "netns", "add", name)
         except LabError:
@@ -126,19 +141,19 @@ class Lab:
         _tool("ip", "-n", self._switch, "link", "set", port, "up")
         _tool("ip", "-n", name, "addr", "add", f"{self.address(node)}/24", "dev", "eth0")
         _tool("ip", "-n", name, "link", "set", "eth0", "up")
-        # A new namespace inherits the host's choice, bbr say, and may only pick what the host allows: reno always is.
+        # A new namespace inherits the host's choice, bbr say. It may pick only what the host allows: reno always is.
         _tool("ip", "netns", "exec", name, "sysctl", "-qw", "net.ipv4.tcp_congestion_control=reno")
         if rate.bits_per_s is not None:
             for namespace, device in self._ends(node):
                 _limit(namespace, device, rate.bits_per_s)
 
     def _ends(self, node: int) -> list[tuple[str, str]]:
-        """Namespace and device of the node's link at the node, which sends, and at the switch, which sends to it."""
+        """Namespace and device of both ends of the node's link: at the node, and at the switch."""
         return [(self.namespace(node), "eth0"), (self._switch, f"p{node}")]
 
 
 def labs_of_dead_owners() -> list[Lab]:
-    """Labs whose netlab.py was killed before it could remove them."""
+    """Return the labs whose netlab.py was killed before it could remove them."""
     left: dict[str, list[str]] = {}
     for line in _tool("ip", "netns", "list").splitlines():
         name = line.split()[0]
@@ -150,7 +165,7 @@ def labs_of_dead_owners() -> list[Lab]:
 
 def _limit(namespace: str, device: str, bits_per_s: float) -> None:
     bytes_per_s = bits_per_s / 8
-    # The bucket must hold a packet as TCP hands it over, 64 KiB, or tbf cuts each into frames; and 1 ms of tokens.
+    # The bucket must hold a packet of TCP, 64 KiB, or tbf cuts each into frames; and the bytes of 1 ms.
     burst = int(max(128 * 1024, bytes_per_s * 0.001))
     limit = int(burst + bytes_per_s * QUEUE_S)
     options = ("rate", f"{int(bits_per_s)}bit", "burst", str(burst), "limit", str(limit))
@@ -158,11 +173,7 @@ def _limit(namespace: str, device: str, bits_per_s: float) -> None:
 
 
 def _tool(*command: str, check: bool = True) -> str:
-    """What the command prints.
-
-    Raises:
-        LabError: it failed.
-    """
+    """Return the output of a command, which raises LabError if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if check and done.returncode != 0:
         reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
@@ -182,7 +193,7 @@ def _signals_ignored() -> Generator[None]:
 
 
 class Launch:
-    """torchrun on every node of a lab, for as long as its `with` block runs. Passes on what the nodes say."""
+    """torchrun on every node of a lab, for as long as its `with` block runs. The output of the nodes is passed on."""
 
     def __init__(
         self,
@@ -191,10 +202,11 @@ class Launch:
         script: list[str],
         *,
         env: dict[str, str] | None = None,
+        cwd: Path | None = None,
         out: TextIO = sys.stdout,
         log_dir: Path | None = None,
     ) -> None:
-        self._lab, self._procs, self._script = lab, procs, script
+        self._lab, self._procs, self._script, self._cwd = lab, procs, script, cwd
         self._env = {
             **os.environ,
             "GLOO_SOCKET_IFNAME": "eth0",
@@ -214,6 +226,7 @@ class Launch:
             process = subprocess.Popen(
                 self._command(node),
                 env=self._env,
+                cwd=self._cwd,
                 text=True,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -234,7 +247,7 @@ class Launch:
             reader.join(timeout=GRACE_S)
 
     def wait(self, timeout_s: float | None) -> int:
-        """0, 1 when a node failed, 124 when time is up. Once a node failed the others would wait for it for ever."""
+        """Return 0, 1 if a node failed, or 124 after a timeout. After a failure the other nodes would wait for ever."""
         deadline = time.monotonic() + timeout_s if timeout_s else float("inf")
         end = deadline
         while None in (codes := [process.poll() for process in self._running]):

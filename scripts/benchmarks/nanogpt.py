@@ -1,14 +1,14 @@
-"""How nanoGPT prepares a corpus, for bench.py to compare with: python scripts/nanogpt_prepare.py text.jsonl out/
+"""Prepares a corpus as nanoGPT does, for `bench.py prepare` to compare with.
 
-The Hugging Face data set of the text is split, mapped to lists of ids in two processes, and written to memory-mapped
-files in 1,024 shards.
+    python -m scripts.benchmarks.nanogpt a.jsonl b.jsonl --out out/
+
+A Hugging Face data set is split, mapped to lists of ids in two processes, and written to memory-mapped files in 1,024
+shards.
 """
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any, cast
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 import numpy as np
@@ -21,15 +21,18 @@ N_SHARDS = 1024
 
 
 def main() -> None:
-    text, out = sys.argv[1], Path(sys.argv[2])
-    out.mkdir(parents=True)
-    kind = "parquet" if text.endswith(".parquet") else "json"
-    dataset = cast(datasets.Dataset, datasets.load_dataset(kind, data_files=text, split="train"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="+", help=".jsonl or .parquet files with a column text")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True)
+    kind = "parquet" if args.texts[0].endswith(".parquet") else "json"
+    dataset = cast(datasets.Dataset, datasets.load_dataset(kind, data_files=args.texts, split="train"))
     splits = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     splits["val"] = splits.pop("test")
     tokenized = splits.map(to_ids, remove_columns=["text"], desc="tokenizing", num_proc=NUM_PROC)
     for split, documents in tokenized.items():
-        write(documents, out / f"{split}.bin")
+        write(documents, args.out / f"{split}.bin")
 
 
 def to_ids(example: dict[str, str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class InputError(ValueError):
 
 
 def whole(low: int, high: int | None = None, *, step: int = 1) -> Callable[[str], int]:
-    """low, low + step, ... up to high."""
+    """Return a parser of the numbers low, low + step, ..., up to high."""
     name = "a whole number" if step == 1 else f"a multiple of {step}"
     bounds = f"from {low} on" if high is None else f"from {low} to {high}"
 
@@ -28,6 +28,8 @@ def whole(low: int, high: int | None = None, *, step: int = 1) -> Callable[[str]
 
 
 def at_least(low: float) -> Callable[[str], float]:
+    """Return a parser of the finite numbers from `low` on."""
+
     def number(text: str) -> float:
         if not low <= float(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} on")
@@ -37,7 +39,7 @@ def at_least(low: float) -> Callable[[str], float]:
 
 
 def file_to_write(text: str) -> Path:
-    """Looked at before all is measured."""
+    """Return the path of a result file, which is checked before anything is measured."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a directory")
