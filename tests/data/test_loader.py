@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loguru import logger
 
+from data.corpus import TOKEN
 from data.loader import Load, Split, TokenDataset, TokenError, prefetch, widen, window_starts
 from data.node_memory import MemoryFile
-from data.corpus import TOKEN
 
 N_TOKENS = {"train": 5000, "val": 700}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memfd_create and /proc are Linux's")
