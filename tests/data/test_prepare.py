@@ -76,7 +76,7 @@ def job(path: Path, **options: Any) -> Job:
         "val_fraction": 0.0005,
         **options,
     }
-    return Job(local_files([str(path)], "text"), **merged)
+    return Job(local_files([str(path)], "text"), **{**defaults, **options})
 
 
 def prepare(path: Path, out: Path, **options: Any) -> None:
@@ -189,7 +189,9 @@ def test_nothing_behind_a_limit_counts(tmp_path: Path, num_proc: int) -> None:
         prepare(folder, out, num_proc=num_proc, limit=86)
     prepare(folder, out, num_proc=num_proc, limit=86, skip_bad=True)
     assert prepared(out) == nanogpt(rows[:86])
-    assert "1 document could not be read and had to be skipped; the first: " in read_meta(out).left_out
+    meta = read_meta(out)
+    assert meta is not None
+    assert "1 document could not be read and had to be skipped; the first: " in meta.left_out
 
 
 def test_meta_json_tells_counts_hashes_and_share(tmp_path: Path) -> None:
