@@ -76,7 +76,7 @@ def job(path: Path, **options: Any) -> Job:
         "val_fraction": 0.0005,
         **options,
     }
-    return Job(local_files([str(path)], "text"), **{**defaults, **options})
+    return Job(local_files([str(path)], "text"), **merged)
 
 
 def prepare(path: Path, out: Path, **options: Any) -> None:
