@@ -9,6 +9,7 @@ import sys
 import threading
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,9 +30,9 @@ def jsonl(path: Path, rows: list[str]) -> Path:
     return path
 
 
-def write_parquet(path: Path, column: object, **options: object) -> Path:
+def write_parquet(path: Path, column: object, **options: Any) -> Path:
     with open(path, "wb") as file:  # pyarrow takes no name that is not UTF-8
-        pq.write_table(column if isinstance(column, pa.Table) else pa.table({"text": column}), file, **options)  # pyright: ignore
+        pq.write_table(column if isinstance(column, pa.Table) else pa.table({"text": column}), file, **options)
     return path
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -68,19 +69,24 @@ def prepared(out: Path) -> dict[str, bytes]:
     return {split: (out / f"{split}.bin").read_bytes() for split in ("train", "val")}
 
 
-def job(path: Path, **options: object) -> Job:
-    options = {"gigatoken": tokenizer.gigatoken_is_tested(), "num_proc": 2, "val_fraction": 0.0005, **options}
-    return Job(local_files([str(path)], "text"), **options)  # pyright: ignore[reportArgumentType]
+def job(path: Path, **options: Any) -> Job:
+    merged: dict[str, Any] = {
+        "gigatoken": tokenizer.gigatoken_is_tested(),
+        "num_proc": 2,
+        "val_fraction": 0.0005,
+        **options,
+    }
+    return Job(local_files([str(path)], "text"), **merged)
 
 
-def prepare(path: Path, out: Path, **options: object) -> None:
+def prepare(path: Path, out: Path, **options: Any) -> None:
     passes.prepare(job(path, **options), out)
 
 
-def run(*args: object, corpus: str = "openwebtext", returncode: int = 0, **options: object) -> str:
+def run(*args: object, corpus: str = "openwebtext", returncode: int = 0, **options: Any) -> str:
     command = [sys.executable, str(ROOT / "data" / corpus / "prepare.py"), *map(str, args)]
     options = {"cwd": "/", **options}
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=100, **options)  # pyright: ignore
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=100, **options)
     assert done.returncode == returncode, done.stderr
     assert returncode == 0 or len(done.stderr.splitlines()) == 1 or "usage:" in done.stderr, done.stderr
     return done.stdout + done.stderr
@@ -183,7 +189,9 @@ def test_nothing_behind_a_limit_counts(tmp_path: Path, num_proc: int) -> None:
         prepare(folder, out, num_proc=num_proc, limit=86)
     prepare(folder, out, num_proc=num_proc, limit=86, skip_bad=True)
     assert prepared(out) == nanogpt(rows[:86])
-    assert "1 document could not be read and had to be skipped; the first: " in read_meta(out).left_out  # pyright: ignore
+    meta = read_meta(out)
+    assert meta is not None
+    assert "1 document could not be read and had to be skipped; the first: " in meta.left_out
 
 
 def test_meta_json_tells_counts_hashes_and_share(tmp_path: Path) -> None:
@@ -249,7 +257,7 @@ def test_whole_parts_are_not_made_again(tmp_path: Path, monkeypatch: pytest.Monk
     run_calls, place = passes._run, passes.place
 
     def killed(*args: object) -> None:
-        def some(*args: object, **options: object) -> object:
+        def some(*args: object, **options: Any) -> object:
             for n, number in enumerate(run_calls(*args, **options)):  # pyright: ignore[reportArgumentType]
                 if n == n_placed:
                     raise Killed

