@@ -1,7 +1,6 @@
 """data/corpus.py: a file is whole or absent, a bad one is refused in words that help, and meta.json describes both."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from data.corpus import (
     Meta,
     SplitMeta,
-    check_meta,
     file_sha256,
     has_n_tokens,
     new_file,
@@ -36,10 +34,7 @@ META = Meta(
     val=SplitMeta(documents=1, tokens=100, sha256="b"),
     val_fraction=None,
 )
-# written by an older version, before val_fraction, for a source whose name is not UTF-8
-OLDER = """{"tokenizer": "gpt2", "vocab_size": 50257, "encoded_by": "gigatoken 0.10.0", "source": "\\udcff*.txt",
-"source_fingerprint": "f, first 7", "documents_left_out": 2, "train": {"documents": 6, "tokens": 20, "sha256": "a"},
-"val": {"documents": 1, "tokens": 3, "sha256": "b"}, "left_out": "2 documents could not be read"}"""
+FIELDS = META.model_dump()
 
 
 def test_tokens_are_little_endian_and_read_only(tmp_path: Path) -> None:
@@ -132,43 +127,25 @@ def test_own_texts_become_a_folder_that_train_py_takes(launcher: Launcher, tmp_p
     assert any("documents to train on" in line and "(gpt2) in 18 " in line for line in run.log)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "train.bin").write_bytes(b"\1\0" * 1000)
-    (tmp_path / "val.bin").write_bytes(b"\1\0" * 100)
+def test_reading_undoes_writing(tmp_path: Path) -> None:
     write_meta(tmp_path, META)
-    return tmp_path
+    assert read_meta(tmp_path) == META
+    assert read_meta(tmp_path / "elsewhere") is None
 
 
-def test_reading_undoes_writing(folder: Path) -> None:
-    assert read_meta(folder) == META
-    assert read_meta(folder / "elsewhere") is None
-
-
-def test_older_descriptions_are_read(tmp_path: Path) -> None:
-    (tmp_path / "meta.json").write_text(OLDER)
+def test_a_source_may_have_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text(json.dumps(FIELDS | {"source": "\udcff*.txt"}))
     meta = read_meta(tmp_path)
     assert meta is not None
-    assert (meta.source, meta.train.documents, meta.documents_left_out) == ("?*.txt", 6, 2)
-    assert (meta.left_out, meta.val_fraction) == ("2 documents could not be read", 0.0005)
+    assert meta.source == "?*.txt"
 
 
-def test_hashes_are_those_of_the_files(folder: Path) -> None:
-    assert sync_and_hash(folder) == {split: file_sha256(folder / f"{split}.bin") for split in ("train", "val")}
+def test_hashes_are_sha256_of_the_files(tmp_path: Path) -> None:
+    for split, n in (("train", 1000), ("val", 100)):
+        (tmp_path / f"{split}.bin").write_bytes(b"\1\0" * n)
     # printf '\1\0%.0s' $(seq 100) | sha256sum
-    assert file_sha256(folder / "val.bin") == "1115e762552ae9c13837cbf6949cab2dd2f8e9de9ea226c50236f9c888a5f25e"
-
-
-def test_a_small_vocabulary_and_files_of_another_size_are_found(folder: Path) -> None:
-    check_meta(META, folder, vocab_size=50257)
-    with pytest.raises(ValueError, match=r"model\.vocab_size = 50256 is below the 50257 tokens of gpt2"):
-        check_meta(META, folder, vocab_size=50256)
-    os.truncate(folder / "val.bin", 198)
-    with pytest.raises(ValueError, match=r"val\.bin: holds 99 tokens, but .*meta\.json says 100"):
-        check_meta(META, folder, vocab_size=50257)
-
-
-FIELDS = META.model_dump()
+    val = "1115e762552ae9c13837cbf6949cab2dd2f8e9de9ea226c50236f9c888a5f25e"
+    assert sync_and_hash(tmp_path) == {"train": file_sha256(tmp_path / "train.bin"), "val": val}
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,9 @@ def test_the_last_process_frees_the_memory_after_kill_9(tmp_path: Path) -> None:
     other.kill()
     other.communicate()
     assert holders(memory.inode) == set()
-    with pytest.raises(ValueError, match="set in_memory = false"):
-        map_memory(memory)
+    for wrong in (memory, MemoryFile(os.getpid(), 0, -1)):
+        with pytest.raises(ValueError, match=r"^in_memory = true: .* cannot be opened .* set in_memory = false"):
+            map_memory(wrong)
 
 
 def start(program: str, *arguments: object) -> "subprocess.Popen[str]":
