@@ -230,7 +230,7 @@ def whole_loss(model: nn.Module, world: World, cfg: Config, dataset: TokenDatase
     def windows_of(i: int) -> Tensor:
         return dataset.windows_in_order("val", firsts[i] // T, rows)
 
-    with closing(prefetch(windows_of, 0, len(firsts), device=world.device)) as batches:
+    with closing(prefetch(windows_of, range(len(firsts)), device=world.device)) as batches:
         for first, (x, y) in zip(firsts, batches, strict=True):
             n = min(n_each, n_targets - first)
             # Cross entropy skips targets of -100. Fewer rows instead would be a new shape, and compiled again.

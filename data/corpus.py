@@ -8,14 +8,14 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 TOKEN = np.dtype("<u2")  # one token on disk
 META = "meta.json"
@@ -23,18 +23,14 @@ META = "meta.json"
 Tokens = npt.NDArray[np.uint16]
 
 
-class SplitMeta(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
+class SplitMeta(BaseModel, frozen=True, extra="forbid", strict=True):
     documents: int
     tokens: int
     sha256: str  # hash of the .bin file
 
 
-class Meta(BaseModel):
+class Meta(BaseModel, frozen=True, extra="forbid", strict=True):
     """Description of a corpus. source is for people; source_fingerprint changes when the documents do."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     tokenizer: str
     vocab_size: int
@@ -103,7 +99,7 @@ def check_meta(meta: Meta, data_dir: str | Path, vocab_size: int) -> None:
         )
     for name, split in (("train", meta.train), ("val", meta.val)):
         file = Path(data_dir) / f"{name}.bin"
-        if file.exists() and file.stat().st_size != split.tokens * TOKEN.itemsize:
+        if file.exists() and not has_n_tokens(file, split.tokens):
             raise ValueError(
                 f"{file}: holds {file.stat().st_size / TOKEN.itemsize:.10g} tokens, but {path} says {split.tokens}; "
                 f"prepare the corpus again, or remove {META} if the file is right"
@@ -126,34 +122,21 @@ def open_tokens(path: str | Path, n_least: int) -> Tokens:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            _check_size(path, os.fstat(file.fileno()).st_size, n_least)
-            tokens = np.memmap(file, dtype=TOKEN, mode="r")
+            n_tokens, rest = divmod(os.fstat(file.fileno()).st_size, TOKEN.itemsize)
+            if rest or not n_tokens:
+                raise ValueError(f"{path}: is empty or cut inside a 2-byte token; remove it and {_how_to_make(path)}")
+            tokens = np.asarray(np.memmap(file, TOKEN, "r"))  # np.memmap's own slicing is slow
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {_how_to_make(path)}") from None
-    except PermissionError:
-        raise ValueError(
-            f"{path}: no permission to read it; its owner can give it with `chmod a+r` (folders: a+x)"
-        ) from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}; {_how_to_make(path)}") from None
-    return np.asarray(tokens)  # a plain array over the same mapping: np.memmap's own slicing is slow
-
-
-def write_tokens(path: Path, documents: Iterable[npt.NDArray[np.integer]]) -> int:
-    """Write documents, each shape (n,), one after the other, and return the number of tokens.
-
-    Raises:
-        ValueError: a token id does not fit into 16 bits.
-    """
-    n_tokens = 0
-    with new_file(path) as file:
-        for ids in documents:
-            if len(ids) and not (0 <= ids.min() and ids.max() < 2**16):
-                wrong = ids[(ids < 0) | (ids >= 2**16)][0]
-                raise ValueError(f"{path}: token id {wrong} does not fit into 16 bits; ids from 0 to 65535 do")
-            file.write(ids.astype(TOKEN).data)
-            n_tokens += len(ids)
-    return n_tokens
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    if n_tokens < n_least:
+        shorter = f"set train.context_length to at most {n_tokens - 1}, or " if n_tokens > 1 else ""
+        raise ValueError(
+            f"{path}: holds {n_tokens} tokens, but one window of train.context_length = {n_least - 1} takes "
+            f"{n_least}; {shorter}use a larger corpus"
+        )
+    return tokens
 
 
 def has_n_tokens(path: str | Path, n_tokens: int) -> bool:
@@ -182,8 +165,7 @@ def sync_and_hash(folder: Path) -> dict[str, str]:
     """Wait until train.bin and val.bin are on the disk, and return their SHA-256 by split."""
     files = [folder / "train.bin", folder / "val.bin"]
     with ThreadPoolExecutor() as threads:  # both release the interpreter, and a disk writes while we hash
-        synced = threads.map(_sync, files)
-        hashes = threads.map(file_sha256, files)
+        synced, hashes = threads.map(_sync, files), threads.map(file_sha256, files)
         return {path.stem: sha256 for path, sha256, _ in zip(files, hashes, synced, strict=True)}
 
 
@@ -197,28 +179,10 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _check_size(path: Path, size_bytes: int, n_least: int) -> None:
-    n_tokens, rest = divmod(size_bytes, TOKEN.itemsize)
-    if size_bytes == 0:
-        raise ValueError(f"{path}: is empty; remove it and {_how_to_make(path)}")
-    if rest:
-        raise ValueError(
-            f"{path}: {size_bytes} bytes is not a whole number of 2-byte tokens, so the file was cut short; "
-            f"remove it and {_how_to_make(path)}"
-        )
-    if n_tokens < n_least:
-        shorter = f"set train.context_length to at most {n_tokens - 1}, or " if n_tokens > 1 else ""
-        raise ValueError(
-            f"{path}: holds {n_tokens} tokens, but one window of train.context_length = {n_least - 1} takes "
-            f"{n_least}; {shorter}use a larger corpus"
-        )
-
-
 def _how_to_make(path: Path) -> str:
     """Return e.g. "make it with `python data/sotu/prepare.py`": the script of the folder's name, else all of them."""
-    corpora = Path(__file__).parent
-    names = sorted(script.parent.name for script in corpora.glob("*/prepare.py"))
+    scripts = {script.parent.name: script.parent for script in sorted(Path(__file__).parent.glob("*/prepare.py"))}
     folder = path.absolute().parent
-    fitting = [name for name in names if name == folder.name] or names
-    out = "" if folder.parent == corpora and fitting == [folder.name] else f" --out {path.parent}"
-    return "make it with " + " or ".join(f"`python data/{name}/prepare.py{out}`" for name in fitting)
+    names = [folder.name] if folder.name in scripts else scripts
+    out = "" if folder in scripts.values() else f" --out {path.parent}"
+    return "make it with " + " or ".join(f"`python data/{name}/prepare.py{out}`" for name in names)

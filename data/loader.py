@@ -95,8 +95,6 @@ class TokenDataset:
         Raises:
             TokenError: a token id is not below vocab_size, or the file has become shorter.
         """
-        assert step >= 0
-        assert 0 <= (rows.start or 0) <= (rows.stop or global_batch_size) <= global_batch_size
         stream = 2 if split == "val" else int(evaluation)
         starts = window_starts(self.seed, stream, step, global_batch_size, rows, n=len(self._windows[split]))
         self._prepare_reading(split, len(starts))
@@ -127,7 +125,7 @@ class TokenDataset:
     ) -> Generator[Batch]:
         """Yield the `batch` of each step on the device, made ahead by `prefetch`. size: rows of a global batch."""
         windows_of = functools.partial(self.windows, split, rows=rows, global_batch_size=size, evaluation=evaluation)
-        return prefetch(windows_of, steps.start, steps.stop, device=device)
+        return prefetch(windows_of, steps, device=device)
 
     def _prepare_reading(self, split: Split, n_windows: int) -> None:
         """Check the length of a mapped file, and limit its resident pages; the page cache keeps what is given back."""
@@ -173,15 +171,12 @@ def widen(windows: Tensor) -> Batch:
     return x, y
 
 
-def prefetch(
-    windows_of: Callable[[int], Tensor], first_step: int, n_steps: int, *, device: torch.device | str
-) -> Generator[Batch, None, None]:
-    """Yield x, y of windows_of(step) on `device` for the steps from first_step to n_steps - 1.
+def prefetch(windows_of: Callable[[int], Tensor], steps: range, *, device: torch.device) -> Generator[Batch]:
+    """Yield x, y of windows_of(step) on `device` for each step.
 
     One thread makes the windows two steps ahead. An exception of windows_of is raised at its step. Closing the
     generator, also by dropping it, ends the thread.
     """
-    device = torch.device(device)
 
     def make(step: int) -> Tensor:
         windows = windows_of(step)
@@ -192,11 +187,10 @@ def prefetch(
 
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     try:
-        pending = deque(thread.submit(make, step) for step in range(first_step, min(first_step + _AHEAD, n_steps)))
-        for step in range(first_step, n_steps):
+        pending = deque(thread.submit(make, step) for step in steps[:_AHEAD])
+        for i in range(len(steps)):
             windows = pending.popleft().result()
-            if step + _AHEAD < n_steps:
-                pending.append(thread.submit(make, step + _AHEAD))
+            pending.extend(thread.submit(make, step) for step in steps[i + _AHEAD : i + _AHEAD + 1])
             yield widen(windows.to(device, non_blocking=True))
     finally:
         thread.shutdown(cancel_futures=True)

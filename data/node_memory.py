@@ -33,19 +33,18 @@ def copy_to_memory(paths: list[Path], root: Path = Path("/")) -> MemoryFile:
         ValueError: the files do not fit into the memory that is available.
     """
     folder, size_bytes = paths[0].parent, sum(path.stat().st_size for path in paths)
-    free_bytes = available_bytes(root)
-    if free_bytes is not None and size_bytes > free_bytes:
+    if (free_bytes := available_bytes(root)) is not None and size_bytes > free_bytes:
         raise _too_small(folder, f"takes {size_bytes / 1e9:.2f} GB, but {free_bytes / 1e9:.2f} GB are available")
     if slow := size_bytes >= _SLOW_BYTES:
         logger.info(f"Loading {folder} into memory, {size_bytes / 1e9:.2f} GB")
     fd = os.memfd_create("corpus")
-    bar = tqdm(total=size_bytes, desc="corpus", unit="B", unit_scale=True, leave=False, disable=None if slow else True)
+    bar = {"desc": "corpus", "leave": False, "disable": None if slow else True}
     try:
-        with bar, open(fd, "wb", closefd=False) as memory:
+        with open(fd, "wb", closefd=False) as memory, tqdm.wrapattr(memory, "write", size_bytes, **bar) as copy:
             for path in paths:
                 with open(path, "rb") as source:
                     while chunk := source.read(_CHUNK_BYTES):
-                        bar.update(memory.write(chunk))
+                        copy.write(chunk)
     except OSError as error:
         os.close(fd)
         if error.errno not in (errno.ENOSPC, errno.ENOMEM):

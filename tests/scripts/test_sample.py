@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from config import ModelConfig
-from data import tokenizer
 from model import GPT
 from scripts import sample
 
@@ -82,17 +81,6 @@ def test_any_error_of_the_unpickler_is_one_line(
     monkeypatch.setattr(torch, "load", load)
     assert sample.main([str(tmp_path / "best_model.pth")]) == 2
     assert f"best_model.pth: not a best_model.pth of train.py ({type(error).__name__}" in capsys.readouterr().err
-
-
-def test_unwritable_cache_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(tokenizer, "CACHE", tmp_path / "file" / ".cache")
-    monkeypatch.setattr(tokenizer, "_fetch_ranks", lambda: {b"a": 0})
-    tokenizer.gpt2_encoding.cache_clear()
-    assert sample.main([str(save_model(tmp_path / "best_model.pth"))]) == 2
-    assert capsys.readouterr().err == f"sample.py: {tmp_path}/file/.cache: Not a directory\n"
 
 
 def test_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
