@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import sys
-import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import documents
-from data.documents import TextFiles, ask_hub, find_files, local_files, user_path
+from data.documents import TextFiles, find_files, local_files, user_path
 
 
 def read(path: Path | str, text_key: str = "text") -> list[str]:
@@ -112,7 +111,7 @@ def test_a_flipped_byte_of_a_parquet_page_is_found(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"row 15 unlike", b"row 15 unlikf", 1))
     *good, bad = read(path)
     assert good == rows[:10]
-    assert bad.startswith(f"{path}, row 10: the rest cannot be read")
+    assert bad.startswith(f"{path}, row group 1, row 0: the rest cannot be read")
 
 
 def test_rows_that_are_not_text_are_bad_alone(tmp_path: Path) -> None:
@@ -120,7 +119,11 @@ def test_rows_that_are_not_text_are_bad_alone(tmp_path: Path) -> None:
     column = pa.array([*rows[:300], b"caf\xe9", None, b"", *rows[300:]], pa.binary()).view(pa.string())
     path = write_parquet(tmp_path / "a.parquet", column, row_group_size=200)
     found = read(path)
-    assert found[300:303] == [f"{path}, row 301: is not UTF-8 (byte 3)", f"{path}, row 302: is null", ""]
+    assert found[300:303] == [
+        f"{path}, row group 1, row 101: is not UTF-8 (byte 3)",
+        f"{path}, row group 1, row 102: is null",
+        "",
+    ]
     assert found[:300] + found[303:] == [row.decode() for row in rows]
 
 
@@ -131,8 +134,6 @@ def test_a_column_of_categories_is_a_column_of_texts(tmp_path: Path) -> None:
 
 def test_a_parquet_file_that_cannot_be_read_now_is_not_bad(tmp_path: Path) -> None:
     class Refusing:
-        num_shards = 1
-
         def shard(self, *_: object) -> None:
             raise self.error
 
@@ -141,14 +142,14 @@ def test_a_parquet_file_that_cannot_be_read_now_is_not_bad(tmp_path: Path) -> No
 
     path = write_parquet(tmp_path / "a.parquet", ["x"])
     for error in (OSError(5, "Failed"), pa.ArrowMemoryError("Failed"), RuntimeError("Failed")):
-        rows = documents.Rows("test", Refusing(error), "text", (str(path),))
-        with pytest.raises(ValueError, match=r"a\.parquet, row 0: cannot be read now \(.*Failed"):
+        rows = documents.Rows("test", Refusing(error), "text", (str(path),), ["a.parquet, row group 0"])
+        with pytest.raises(ValueError, match=r"a\.parquet, row group 0, row 0: cannot be read now \(.*Failed"):
             list(rows.read(0))
 
 
 def test_data_sets_of_the_hub_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the hub, a folder, which `datasets` loads in the same way."""
-    monkeypatch.setattr(documents, "ask_hub", lambda endpoint: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     rows = [f"row {i}" for i in range(30)]
     for i in range(3):
         table = pa.table({"text": rows[10 * i : 10 * i + 10], "url": [1] * 10})
@@ -260,21 +261,10 @@ def test_a_file_takes_little_more_memory_than_its_path(tmp_path: Path) -> None:
     assert peak - held < 100_000
 
 
-@pytest.mark.parametrize("greeting", [None, b"SSH-2.0-no_hub\r\n"])
-def test_a_hub_without_an_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, greeting: bytes | None) -> None:
-    monkeypatch.setattr(documents, "ANSWER_S", 0.1 if greeting is None else 10)
+def test_a_hub_without_an_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "ANSWER_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def greet() -> None:
-            with server.accept()[0] as client:
-                if greeting:
-                    client.sendall(greeting)
-
-        greeter = threading.Thread(target=greet)
-        greeter.start()
-        port = server.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"http://127\.0\.0\.1:{port} cannot be reached: "):
-            ask_hub(f"http://127.0.0.1:{port}")
-        greeter.join()
-    with pytest.raises(ValueError, match=r"hub\.local cannot be reached: unknown url type"):
-        ask_hub("hub.local")
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        with pytest.raises(ValueError, match=r"a/b cannot be loaded \(.*timed out"):
+            documents.hub_dataset("a/b", None, None, "text")
