@@ -24,7 +24,8 @@ import numpy as np
 import tiktoken
 
 from data.corpus import TOKEN, Meta, SplitMeta, has_n_tokens, read_meta, sync_and_hash, write_meta
-from data.documents import Bad, Corpus, TextFiles, printable
+from data.documents import Bad, Corpus, TextFiles
+from data.files import printable
 from data.placement import LEAST_FRACTION, VAL_TOKENS, Lengths, lay_out, place
 from data.processes import Report, run
 from data.tokenizer import END_OF_TEXT, VERSIONS, Encode, encode_with_tiktoken, gigatoken_encoder, gpt2_encoding

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: in one line, what is wrong.
     """
-    from data.documents import printable, user_path
+    from data.files import printable, user_path
     from data.prepare import Job, holds_tokens, is_prepared, prepare
     from data.tokenizer import VERSIONS, gigatoken_is_tested
 
