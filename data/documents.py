@@ -163,13 +163,13 @@ def parquet_files(name: str, files: Sequence[str], text_key: str) -> Rows:
                 raise ValueError('has "::" in its name, which chains file systems to `datasets`; rename it')
             with open(path, "rb") as file, pq.ParquetFile(file) as parquet:
                 _check_column(parquet.schema_arrow, text_key)
-                places += [f"{path}, row group {i}" for i in range(parquet.num_row_groups)]
+                if parquet.metadata.num_rows:  # `datasets` fails on none
+                    good.append(glob.escape(os.path.abspath(path)))
+                    places += [f"{path}, row group {i}" for i in range(parquet.num_row_groups)]
         except (ValueError, OSError) as error:
             if getattr(error, "errno", None):
                 raise
             bad.append(Bad(f"{path}: {first_line(error)}"))
-        else:
-            good.append(glob.escape(os.path.abspath(path)))
     scan = pyarrow.dataset.ParquetFragmentScanOptions(
         use_buffered_stream=True,  # or whole columns of a row group are read
         buffer_size=2**20,

@@ -103,6 +103,13 @@ def test_a_cut_parquet_file_is_bad_and_others_are_read(tmp_path: Path) -> None:
     assert good == ["x", "y"]
 
 
+def test_a_parquet_file_without_rows_holds_no_documents(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", pa.array([], pa.string()))
+    assert read(tmp_path / "a.parquet") == []
+    write_parquet(tmp_path / "b.parquet", ["x"])
+    assert read(tmp_path / "*.parquet") == ["x"]
+
+
 def test_a_flipped_byte_of_a_parquet_page_is_found(tmp_path: Path) -> None:
     rows = [f"row {i} unlike" for i in range(20)]
     options = {"compression": "none", "write_page_checksum": True, "use_dictionary": False, "row_group_size": 10}
