@@ -240,11 +240,10 @@ def _write_part(folder: Path, job: Job, report: Report, number: int, shards: ran
 
 def _documents(job: Job, shards: range) -> Iterator[tuple[str | Bad, int]]:
     """Yield the documents of some shards, each with the bytes that are read."""
-    before = 0
+    before, is_single_text = 0, job.is_single_text
     for shard in shards:
         for document, n_bytes in job.corpus.read(shard):
-            cut = job.is_single_text and isinstance(document, str)
-            for text in cut_text(document, job) if cut else (document,):
+            for text in cut_text(document, job) if is_single_text and isinstance(document, str) else (document,):
                 yield text, before + n_bytes
         before += job.corpus.sizes[shard]
 
