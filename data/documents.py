@@ -7,37 +7,26 @@ The order of the shards is the order of the documents. One document, or one batc
 import codecs
 import glob
 import gzip
-import hashlib
 import json
 import os
 import re
-import stat
-import threading
-import urllib.error
-import urllib.request
 import zlib
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic_core import from_json
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-ANSWER_S = 15  # limit for the hub's first answer
+from data.files import file_fingerprint, find_files
+
+ANSWER_S = 5  # limit for the hub's first answer, from each of its addresses
 _ROWS = 256  # rows of a .parquet file in memory
 _MANY_FILES = 64  # as many files on the hub are shards enough: their footers need not be read first
 
 
-class Bad(NamedTuple):
-    """A document that cannot be read, or the rest of a file that breaks off."""
-
-    where: str  # file and line or row
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+class Bad(ValueError):
+    """A document that cannot be read, or the rest of a file that breaks off: file, line or row, and the reason."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +54,14 @@ class TextFiles:
                     if not line.isspace():
                         yield _text_of(line, self.text_key, path, number), file.tell()
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                yield Bad(f"{path}, near line {number + 1}", f"the compressed file is broken ({error})"), file.tell()
+                yield Bad(f"{path}, near line {number + 1}: the compressed file is broken ({error})"), file.tell()
 
 
 def _decode(data: bytes, where: str) -> str | Bad:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        return Bad(where, f"is not UTF-8 (byte {error.start})")
+        return Bad(f"{where}: is not UTF-8 (byte {error.start})")
 
 
 def _text_of(line: bytes, text_key: str, path: str, number: int) -> str | Bad:
@@ -82,7 +71,7 @@ def _text_of(line: bytes, text_key: str, path: str, number: int) -> str | Bad:
         try:
             value = json.loads(line)  # also takes half a surrogate pair, and a byte order mark
         except (ValueError, RecursionError) as error:
-            return Bad(f"{path}, line {number}", f"is not JSON ({first_line(error)})")
+            return Bad(f"{path}, line {number}: is not JSON ({first_line(error)})")
     if not isinstance(value, dict):
         reason = f'is not a JSON object with a key "{text_key}"'
     elif text_key not in value:
@@ -91,25 +80,26 @@ def _text_of(line: bytes, text_key: str, path: str, number: int) -> str | Bad:
         reason = f'"{text_key}" is not text but {json.dumps(value[text_key])[:40]}'
     else:
         return value[text_key]
-    return Bad(f"{path}, line {number}", reason)
+    return Bad(f"{path}, line {number}: {reason}")
 
 
 @dataclass(frozen=True)
 class Rows:
     """Rows of an IterableDataset with one column. files: local .parquet files; () means that it comes from the hub.
 
-    bad: files that cannot be read at all; they are the first shards.
+    places: names of the dataset's shards. bad: files that cannot be read at all, which come first.
     """
 
     name: str
     dataset: Any
     identity: str
     files: tuple[str, ...] = ()
-    bad: tuple[Bad, ...] = ()
+    places: Sequence[str] = ()
+    bad: Sequence[Bad] = ()
 
     @property
     def sizes(self) -> Sequence[int]:
-        return [1] * (len(self.bad) + (self.dataset.num_shards if self.dataset else 0))
+        return [1] * (len(self.bad) + len(self.places))
 
     def fingerprint(self) -> str:
         return file_fingerprint(self.files, self.identity)
@@ -126,30 +116,19 @@ class Rows:
             yield self.bad[shard], 0
             return
         shard, row = shard - len(self.bad), 0
+        place = self.places[shard]
         try:
-            rows = self.dataset.shard(self.dataset.num_shards, shard).with_format("arrow")
+            rows = self.dataset.shard(len(self.places), shard).with_format("arrow")
             for batch in rows.iter(_ROWS):
                 for data in batch.column(0).cast(pa.large_binary()).to_pylist():
                     row += 1
-                    text = Bad("", "is null") if data is None else _decode(data, "")
-                    yield text if isinstance(text, str) else text._replace(where=self._place(shard, row)), 0
+                    where = f"{place}, row {row}"
+                    yield Bad(f"{where}: is null") if data is None else _decode(data, where), 0
         except Exception as error:
             broken = isinstance(error, pa.ArrowInvalid) or (self.files and type(error) is OSError and not error.errno)
             if not broken:  # memory, the disk, or the network
-                raise ValueError(f"{self._place(shard, row)}: cannot be read now ({first_line(error)})") from None
-            yield Bad(self._place(shard, row), f"the rest cannot be read ({first_line(error)})"), 0
-
-    def _place(self, shard: int, row: int) -> str:
-        import pyarrow.parquet as pq
-
-        bad_paths = {bad.where for bad in self.bad}
-        for path in (path for path in self.files if path not in bad_paths):
-            with open(path, "rb") as file:
-                metadata = pq.read_metadata(file)
-            if shard < metadata.num_row_groups:
-                return f"{path}, row {row + sum(metadata.row_group(i).num_rows for i in range(shard))}"
-            shard -= metadata.num_row_groups
-        return f"{self.name}, row {row} of shard {shard}"
+                raise ValueError(f"{place}, row {row}: cannot be read now ({first_line(error)})") from None
+            yield Bad(f"{place}, row {row}: the rest cannot be read ({first_line(error)})"), 0
 
 
 Corpus = TextFiles | Rows
@@ -175,46 +154,48 @@ def parquet_files(name: str, files: Sequence[str], text_key: str) -> Rows:
     import pyarrow.dataset
     import pyarrow.parquet as pq
 
+    good: list[str] = []
+    places: list[str] = []
     bad: list[Bad] = []
     for path in files:
         try:
             if "::" in path:
                 raise ValueError('has "::" in its name, which chains file systems to `datasets`; rename it')
-            with open(path, "rb") as file:
-                _check_column(pq.read_schema(file), text_key)
+            with open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+                _check_column(parquet.schema_arrow, text_key)
+                if parquet.metadata.num_rows:  # `datasets` fails on none
+                    good.append(glob.escape(os.path.abspath(path)))
+                    places += [f"{path}, row group {i}" for i in range(parquet.num_row_groups)]
         except (ValueError, OSError) as error:
             if getattr(error, "errno", None):
                 raise
-            bad.append(Bad(path, first_line(error)))
-    unreadable = {path for path, _ in bad}
-    good = [glob.escape(os.path.abspath(path)) for path in files if path not in unreadable]
-    dataset = None
-    if good:
-        scan = pyarrow.dataset.ParquetFragmentScanOptions(
-            use_buffered_stream=True,  # or whole columns of a row group are read
-            buffer_size=2**20,
-            page_checksum_verification=True,
-        )
-        dataset = _load_streaming("parquet", data_files=good, columns=[text_key], fragment_scan_options=scan).reshard()
-    return Rows(name, dataset, text_key, tuple(files), tuple(bad))
+            bad.append(Bad(f"{path}: {first_line(error)}"))
+    scan = pyarrow.dataset.ParquetFragmentScanOptions(
+        use_buffered_stream=True,  # or whole columns of a row group are read
+        buffer_size=2**20,
+        page_checksum_verification=True,
+    )
+    options = {"data_files": good, "columns": [text_key], "fragment_scan_options": scan}
+    dataset = _load_streaming("parquet", **options).reshard() if good else None
+    return Rows(name, dataset, text_key, tuple(files), places, bad)
 
 
-def hub_dataset(name: str, config: str | None, revision: str | None, text_key: str, limit: int | None = None) -> Rows:
+def hub_dataset(name: str, config: str | None, revision: str | None, text_key: str) -> Rows:
     """Return the split "train" of a data set of the hub, streamed: nothing is kept on the disk.
 
-    With HF_HUB_OFFLINE, return its .parquet files in the cache, of which a limit needs the first ones only.
+    With HF_HUB_OFFLINE, return its .parquet files in the cache.
 
     Raises:
         ValueError: the hub does not answer, it lacks the data set, or the files are not in the cache.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     label = f"{name} at {revision[:8]}" if revision else name
     try:
         if constants.HF_HUB_OFFLINE:
             folder = snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
-            return parquet_files(label, _cached_parquet(folder, config, limit), text_key)
-        ask_hub(constants.ENDPOINT)
+            return parquet_files(label, _cached_parquet(folder, config), text_key)
+        HfApi().dataset_info(name, revision=revision, timeout=ANSWER_S)  # `datasets` would try again for minutes
         dataset = _load_streaming(name, config, revision=revision)
         if (features := dataset.features) is not None:
             _check_column(features.arrow_schema, text_key)
@@ -222,28 +203,8 @@ def hub_dataset(name: str, config: str | None, revision: str | None, text_key: s
         dataset = dataset if dataset.num_shards >= _MANY_FILES else dataset.reshard()
     except Exception as error:  # also errors of the HTTP library
         raise ValueError(f"{name} cannot be loaded ({first_line(error)})") from None
-    return Rows(label, dataset, repr((name, config, revision, text_key)))
-
-
-def ask_hub(endpoint: str) -> None:
-    """Return once the hub gives any answer. Raises ValueError if there is none within ANSWER_S."""
-    failures = [f"no answer within {ANSWER_S:g} s"]
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=ANSWER_S).close()
-        except urllib.error.HTTPError as error:
-            error.close()
-        except Exception as error:
-            failures[0] = first_line(error)
-            return
-        failures.clear()
-
-    thread = threading.Thread(target=ask, daemon=True)  # abandoned: time-outs hold for each address of a host
-    thread.start()
-    thread.join(ANSWER_S)
-    if failures:
-        raise ValueError(f"{endpoint} cannot be reached: {failures[0]}")
+    places = [f"{label}, shard {i}" for i in range(dataset.num_shards)]
+    return Rows(label, dataset, repr((name, config, revision, text_key)), places=places)
 
 
 def _load_streaming(*arguments: Any, **options: Any) -> Any:
@@ -254,19 +215,14 @@ def _load_streaming(*arguments: Any, **options: Any) -> Any:
     return datasets.load_dataset(*arguments, **options, split="train", streaming=True)
 
 
-def _cached_parquet(folder: str, config: str | None, limit: int | None) -> list[str]:
-    import pyarrow.parquet as pq
-
+def _cached_parquet(folder: str, config: str | None) -> list[str]:
     top = Path(folder, config) if config and Path(folder, config).is_dir() else Path(folder)
     found = sorted(str(path) for path in top.rglob("*.parquet"))
     files = [path for path in found if "train" in os.path.relpath(path, folder)] or found
     if not files:
         raise ValueError(f"{top}: the cache holds no .parquet file")
-    if (match := re.search(r"-of-(\d+)\.parquet$", files[-1])) and len(files) != (n_files := int(match[1])):
-        first = [path for i, path in enumerate(files) if f"-{i:05}-of-" in path]
-        if limit is None or sum(pq.read_metadata(path).num_rows for path in first) < limit:
-            raise ValueError(f"{top}: the cache has {len(files)} of {n_files} .parquet files")
-        return first
+    if (match := re.search(r"-of-(\d+)\.parquet$", files[-1])) and len(files) != int(match[1]):
+        raise ValueError(f"{top}: the cache has {len(files)} of {int(match[1])} .parquet files")
     return files
 
 
@@ -285,88 +241,6 @@ def _check_column(schema: Any, text_key: str) -> None:
         raise ValueError(f'{found} "{text_key}"; {_choice(names)}')
 
 
-def find_files(patterns: list[str]) -> tuple[tuple[str, ...], Sequence[int]]:
-    """Return the files that match, sorted by folder and name, each once by whatever names, and their sizes in bytes.
-
-    A pattern is a file, a folder (all files of known kinds below it), or has *, ?, [...] and ** as in a shell.
-
-    Raises:
-        ValueError: a pattern matches nothing, or a file of an unknown kind.
-    """
-    found: dict[tuple[int, int], tuple[str, int]] = {}  # by device and inode: name, bytes
-    for pattern in patterns:
-        path = user_path(pattern, "--input")
-        any_kind = not os.path.isdir(path)
-        n_files = 0
-        for name in [path] if os.path.isfile(path) else _expand(path if any_kind else f"{glob.escape(path)}/**"):
-            try:
-                status = os.stat(name)
-            except OSError:  # a link to nothing, or removed meanwhile
-                continue
-            if not stat.S_ISREG(status.st_mode) or not (any_kind or name.endswith(SUFFIXES)):
-                continue
-            if not name.endswith(SUFFIXES):
-                raise ValueError(f"{name}: does not end in one of {', '.join(SUFFIXES)}")
-            n_files += 1
-            entry = (str(Path(name)), status.st_size)
-            key = (status.st_dev, status.st_ino)
-            found[key] = min(found.get(key, entry), entry, key=lambda entry: _by_folder(entry[0]))
-        if not n_files:
-            raise ValueError(
-                f"--input {pattern}: matches no file" + (" of a known kind below it" if not any_kind else "")
-            )
-    entries = sorted(found.values(), key=lambda entry: _by_folder(entry[0]))
-    return tuple(name for name, _ in entries), array("q", (size for _, size in entries))
-
-
-def user_path(text: str, option: str) -> str:
-    """Return a path or pattern as the user meant it: ~ is the home folder.
-
-    Raises:
-        ValueError: it holds $NAME, which only a shell expands.
-    """
-    if os.path.exists(text):
-        return text
-    if match := re.search(r"\$\w+|\$\{\w+\}", text):
-        raise ValueError(
-            f"{option} {text}: {match[0]} is not expanded; write the path itself, or do not quote it in '...'"
-        )
-    return os.path.expanduser(text)
-
-
-def _expand(pattern: str) -> Iterator[str]:
-    """Yield what matches, as glob does, but enter each real folder once: links may lead round in circles."""
-    parts = pattern.split("/")
-    if "**" not in parts:
-        yield from glob.iglob(pattern)
-        return
-    at = parts.index("**")
-    top, rest = "/".join(parts[:at]), "/".join(parts[at + 1 :]) or "*"
-    seen: set[tuple[int, int]] = set()
-    for start in sorted(glob.iglob(top or ("/" if at else "."))):
-        for folder, folders, _ in os.walk(start, followlinks=True):
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            yield from _expand(os.path.join(glob.escape(folder), rest))
-
-
-def _by_folder(path: str) -> str:
-    return "\0".join(Path(path).parts)  # the files of a folder are together
-
-
-def file_fingerprint(files: Sequence[str], identity: str) -> str:
-    """Return a hash that changes when a file does, by name, size or time."""
-    digest = hashlib.sha256(repr(identity).encode())
-    for path in files:
-        status = os.stat(path)
-        digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
-    return digest.hexdigest()
-
-
 def _choice(names: list[str]) -> str:
     listed = ", ".join(f'"{name}"' for name in names[:20])
     return f"text is in {listed}: choose one with --text-key" if names else "no other holds text"
@@ -374,8 +248,3 @@ def _choice(names: list[str]) -> str:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def printable(text: str) -> str:
-    """Return a text that any output takes: names of files need not be UTF-8."""
-    return text.encode(errors="backslashreplace").decode()

@@ -47,8 +47,6 @@ def main() -> int:
         message = f"{os.fsdecode(error.filename or args.out)}: {error.strerror or error}"
     else:
         return 0
-    if os.path.isdir(spool := os.path.join(args.out, ".prepare")):
-        message += f"; what is done is in {spool}, for the next run"
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2
 
@@ -66,13 +64,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config", help="its configuration")
     parser.add_argument("--revision", help="its commit, branch or tag")
     parser.add_argument("--out", help="folder of the three files (needed with --input and --hub; default: here)")
-    parser.add_argument("--num-proc", type=_positive, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="take the first N documents only")
+    parser.add_argument("--num-proc", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N documents only")
     parser.add_argument("--text-key", default="text", help="key or column of the text (default: %(default)s)")
     parser.add_argument("--skip-bad", action="store_true", help="count and skip documents that cannot be read")
     parser.add_argument(
         "--val-fraction",
-        type=_fraction,
+        type=float,
         metavar="F",
         help="share of the documents to validate on (default: 0.0005 of OpenWebText; else as many as hold 20,000 "
         "tokens, at most a tenth)",
@@ -89,6 +87,10 @@ def parse_args() -> argparse.Namespace:
         parser.error("--input and --hub: give one of them")
     if (args.config or args.revision) and not args.hub:
         parser.error("--config and --revision need --hub")
+    if args.num_proc < 1 or (args.limit is not None and args.limit < 1):
+        parser.error("--num-proc and --limit: give a number above 0")
+    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
+        parser.error("--val-fraction: give a number between 0 and 1")
     args.out = args.out or str(HERE)
     return args
 
@@ -99,46 +101,41 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: in one line, what is wrong.
     """
-    from data.documents import printable, user_path
+    from data.files import printable, user_path
     from data.prepare import Job, holds_tokens, is_prepared, prepare
     from data.tokenizer import VERSIONS, gigatoken_is_tested
 
     out = Path(user_path(args.out, "--out"))
+    there = printable(f"{out}: train.bin and val.bin are there already")
     is_openwebtext = not args.input and not args.hub
-    if (
-        is_openwebtext
-        and args.limit is None
-        and args.val_fraction in (None, VAL_FRACTION)
-        and holds_tokens(out, N_TOKENS)
-    ):
-        print(printable(f"{out}: train.bin and val.bin are there already"))
+    if is_openwebtext and args.val_fraction is None:
+        args.val_fraction = VAL_FRACTION
+    is_whole = is_openwebtext and args.limit is None and args.val_fraction == VAL_FRACTION
+    if is_whole and holds_tokens(out, N_TOKENS):
+        print(there)
         return
+    needed = " and ".join(f"{package} {version}" for package, version in VERSIONS.items())
     if args.tokenizer == "gigatoken" and not gigatoken_is_tested():
-        needed = " and ".join(f"{package} {version}" for package, version in VERSIONS.items())
         raise ValueError(f"--tokenizer gigatoken: needs {needed}; or use --tokenizer tiktoken")
     job = Job(
         open_corpus(args),
-        gigatoken=gigatoken_is_tested() if args.tokenizer is None else args.tokenizer == "gigatoken",
+        gigatoken=args.tokenizer != "tiktoken" and gigatoken_is_tested(),
         num_proc=args.num_proc,
         limit=args.limit,
         skip_bad=args.skip_bad,
-        val_fraction=VAL_FRACTION if is_openwebtext and args.val_fraction is None else args.val_fraction,
+        val_fraction=args.val_fraction,
     )
     if is_prepared(job, out):
-        print(printable(f"{out}: train.bin and val.bin are there already"))
+        print(there)
         return
     if args.tokenizer is None and not job.gigatoken:
-        needed = " ".join(f"{package}=={version}" for package, version in VERSIONS.items())
-        print(f"tokenising with tiktoken; gigatoken is many times faster: pip install {needed}")
+        print(f"tokenising with tiktoken; gigatoken is many times faster: install {needed}")
     meta = prepare(job, out)
     if meta.left_out:
         print(meta.left_out)
     for name, split in (("val", meta.val), ("train", meta.train)):
-        print(
-            printable(
-                f"{out / name}.bin: {split.documents:,} documents, {split.tokens:,} tokens, SHA-256 {split.sha256}"
-            )
-        )
+        numbers = f"{split.documents:,} documents, {split.tokens:,} tokens, SHA-256 {split.sha256}"
+        print(printable(f"{out / name}.bin: {numbers}"))
 
 
 def open_corpus(args: argparse.Namespace) -> "Corpus":
@@ -149,31 +146,11 @@ def open_corpus(args: argparse.Namespace) -> "Corpus":
         return local_files(args.input, args.text_key)
     try:
         name, config, revision = (args.hub, args.config, args.revision) if args.hub else OPENWEBTEXT
-        corpus = hub_dataset(name, config, revision, args.text_key, args.limit)
+        corpus = hub_dataset(name, config, revision, args.text_key)
     except ValueError as error:
         raise ValueError(f"{error}: {ALTERNATIVES}") from None
     gpt2_encoding()  # now: GPT-2's merges come from a network too
     return corpus
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
-    return number
-
-
-def _fraction(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number between 0 and 1")
-    return number
 
 
 if __name__ == "__main__":
