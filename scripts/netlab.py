@@ -17,15 +17,21 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.lab import methods, results
-from scripts.lab.network import Lab, LabError, Launch, labs_of_dead_owners, parse_rates, require_root_and_iproute2
+from scripts.lab.network import (
+    Lab,
+    LabError,
+    Launch,
+    handled_signals,
+    labs_of_dead_owners,
+    parse_rates,
+    require_root_and_iproute2,
+)
 from scripts.lab.options import MAX_PROCESSES, at_least, whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         require_root_and_iproute2()
-        with signals_as_exceptions():
+        with handled_signals(_leave, signal.SIGTERM, signal.SIGHUP):
             return args.command(args)
     except (LabError, OSError) as error:
         print(f"netlab.py: {error}", file=sys.stderr)
@@ -47,6 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("netlab.py: stopped", file=sys.stderr)
         return 130
+
+
+def _leave(number: int, _: object) -> None:
+    """Unwind the program as Ctrl-C does, so that it cleans up."""
+    raise SystemExit(128 + number)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -100,21 +111,6 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
-@contextmanager
-def signals_as_exceptions() -> Generator[None]:
-    """Let SIGTERM and a closed terminal unwind the program as Ctrl-C does, so that it cleans up."""
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def run_script(args: argparse.Namespace) -> int:
     if args.log_dir is not None:
         args.log_dir.mkdir(parents=True, exist_ok=True)
@@ -124,12 +120,8 @@ def run_script(args: argparse.Namespace) -> int:
         with Launch(lab, args.procs, args.script, env=dict(args.env), log_dir=args.log_dir) as launch:
             code = launch.wait(args.timeout)
         for node, rate in enumerate(rates):
-            traffic = lab.traffic(node)
-            print(
-                f"netlab.py: node {node}, {rate.text}: sent {traffic['sent_bytes'] / 1e6:.1f} MB, received "
-                f"{traffic['received_bytes'] / 1e6:.1f} MB, {traffic['drops']} packets dropped",
-                file=sys.stderr,
-            )
+            sent, received = (f"{n / 1e6:.1f} MB" for n in lab.traffic(node))
+            print(f"netlab.py: node {node}, {rate.text}: sent {sent}, received {received}", file=sys.stderr)
     print(f"netlab.py: {time.monotonic() - start:.1f} s", file=sys.stderr)
     return code
 
@@ -143,10 +135,7 @@ def compare_arms(args: argparse.Namespace) -> int:
         spec.write_text(json.dumps(settings))
         for rate in args.bandwidth:
             worker = ["-m", "scripts.lab.worker", str(spec), str(result)]
-            with (
-                Lab([rate] * args.nodes) as lab,
-                Launch(lab, args.procs, worker, cwd=ROOT, out=sys.stderr) as launch,
-            ):
+            with Lab([rate] * args.nodes) as lab, Launch(lab, args.procs, worker, cwd=ROOT, out=sys.stderr) as launch:
                 code = launch.wait(args.timeout)
             if code != 0:
                 return code

@@ -31,7 +31,6 @@ ALL_ARMS = (
     *(f"{arm}{adamw}" for arm in DECENTDP_ARMS for adamw in ("", "_adamw")),
     *(f"decent-dp_{t}{adamw}" for t in TOPOLOGIES[1:] for adamw in ("", "_adamw")),
 )
-FORWARD_SHARE = 1 / 3  # share of a step's computation: a backward costs two forwards
 DEFAULT_STEPS, STRAGGLER_STEPS = 4, 96  # length of a block; the draws of stragglers must average out
 DEFAULT_ROUNDS, STRAGGLER_ROUNDS = 3, 4  # even, for the draws of stragglers come in pairs (worker.slowness_of)
 
@@ -71,24 +70,16 @@ def parse_methods(text: str) -> list[Method]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--arms", type=parse_methods, default="default", help='names with commas, or "all" (%(default)s)'
-    )
-    parser.add_argument(
-        "--steps", type=whole(1), help="length of a block, rounded up to whole periods (4; stragglers: 96)"
-    )
-    parser.add_argument("--rounds", type=whole(1), help="interleaved blocks of each arm (3; stragglers: 4)")
-    parser.add_argument("--compute-ms", type=at_least(0), default=345, help="forward and backward (%(default)s)")
-    parser.add_argument("--straggler", type=at_least(1), default=1, help="one random worker's slowness in each step")
-    parser.add_argument("--n-layers", type=whole(1), default=8, help="layers of the GPT that is emulated (%(default)s)")
-    parser.add_argument("--n-embd", type=whole(1), default=320, help="its width (%(default)s)")
-    here = "(%(default)s in the current directory, replaced)"
-    parser.add_argument(
-        "--json", type=file_to_write, default="netlab.json", metavar="FILE", help=f"all that was measured {here}"
-    )
-    parser.add_argument(
-        "--png", type=_png_to_write, default="netlab.png", metavar="FILE", help=f"image of the step times {here}"
-    )
+    add, here = parser.add_argument, "(%(default)s in the current directory, replaced)"
+    add("--arms", type=parse_methods, default="default", help='names with commas, or "all" (%(default)s)')
+    add("--steps", type=whole(1), help="length of a block, rounded up to whole periods (4; stragglers: 96)")
+    add("--rounds", type=whole(1), help="interleaved blocks of each arm (3; stragglers: 4)")
+    add("--compute-ms", type=at_least(0), default=345, help="forward and backward (%(default)s)")
+    add("--straggler", type=at_least(1), default=1, help="one random worker's slowness in each step")
+    add("--n-layers", type=whole(1), default=8, help="layers of the GPT that is emulated (%(default)s)")
+    add("--n-embd", type=whole(1), default=320, help="its width (%(default)s)")
+    add("--json", type=file_to_write, default="netlab.json", metavar="FILE", help=f"all that was measured {here}")
+    add("--png", type=_png_to_write, default="netlab.png", metavar="FILE", help=f"image of the step times {here}")
 
 
 def _png_to_write(text: str) -> Path:
@@ -101,14 +92,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of a comparison, which the workers and the results need, as JSON."""
     straggling = args.straggler > 1
     return {
-        "nodes": args.nodes,
-        "procs": args.procs,
+        **{key: getattr(args, key) for key in ("nodes", "procs", "compute_ms", "straggler", "n_layers", "n_embd")},
         "arms": [asdict(arm) for arm in args.arms],
         "steps": args.steps or (STRAGGLER_STEPS if straggling else DEFAULT_STEPS),
         "rounds": args.rounds or (STRAGGLER_ROUNDS if straggling else DEFAULT_ROUNDS),
-        "forward_ms": args.compute_ms * FORWARD_SHARE,
-        "backward_ms": args.compute_ms * (1 - FORWARD_SHARE),
-        "straggler": args.straggler,
-        "n_layers": args.n_layers,
-        "n_embd": args.n_embd,
     }

@@ -24,7 +24,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple, TextIO
 
 ADDRESS = "10.88.0.{}"  # every lab has a bridge of its own, so that all can use the same addresses
 FIRST_HOST = 11
@@ -44,17 +44,15 @@ class Rate(NamedTuple):
 
 
 def parse_rates(text: str) -> list[Rate]:
-    return [parse_rate(part) for part in text.split(",")]
+    """Return the rates that are written as 200mbit, 1.5gbit, 800kbit or unlimited with commas, for argparse."""
+    return [Rate(part, None if part == "unlimited" else _bits_per_s(part)) for part in text.split(",")]
 
 
-def parse_rate(text: str) -> Rate:
-    """Return the rate that is written as 200mbit, 1.5gbit, 800kbit or unlimited, for argparse."""
-    if text == "unlimited":
-        return Rate(text, None)
+def _bits_per_s(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)bit", text.lower())
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not a bandwidth such as 200mbit, 1gbit or unlimited")
-    return Rate(text, float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]])
+    return float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
 
 
 def require_root_and_iproute2() -> None:
@@ -68,13 +66,13 @@ def require_root_and_iproute2() -> None:
 class Lab:
     """The namespaces, links and limits of one cluster, for as long as its `with` block runs."""
 
-    def __init__(self, rates: list[Rate], lab_id: str | None = None, made: list[str] | None = None) -> None:
+    def __init__(self, rates: list[Rate], lab_id: str | None = None) -> None:
         self.rates = rates  # one for each node
         self.id = lab_id or str(os.getpid())  # unique, and it tells later whether the owner is alive
         self._switch = f"nl{self.id}sw"
-        self._made = made or []  # namespaces, which this lab removes
 
     def __enter__(self) -> "Lab":
+        self.remove()  # a killed process may have had the same id
         try:
             self._add_namespace(self._switch)
             _tool("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge", "stp_state", "0")
@@ -96,40 +94,28 @@ class Lab:
     def address(node: int) -> str:
         return ADDRESS.format(FIRST_HOST + node)
 
-    def traffic(self, node: int) -> dict[str, int]:
-        """Return the bytes that the node has sent and received, and the packets that its limits have dropped."""
+    def traffic(self, node: int) -> tuple[int, int]:
+        """Return the bytes that the node has sent and received."""
         link = json.loads(_tool("ip", "-n", self.namespace(node), "-j", "-s", "link", "show", "eth0"))[0]
-        drops = 0
-        for namespace, device in self._ends(node):
-            queues = _tool("tc", "-n", namespace, "-j", "-s", "qdisc", "show", "dev", device)
-            drops += sum(queue.get("drops", 0) for queue in json.loads(queues or "[]"))
-        sent_bytes, received_bytes = (link["stats64"][way]["bytes"] for way in ("tx", "rx"))
-        return {"sent_bytes": sent_bytes, "received_bytes": received_bytes, "drops": drops}
+        return link["stats64"]["tx"]["bytes"], link["stats64"]["rx"]["bytes"]
 
     def remove(self) -> None:
         """End the processes in this lab's namespaces and remove these. Links and limits go with them."""
-        with _signals_ignored():  # a second Ctrl-C must not leave half of the lab
+        stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        with handled_signals(signal.SIG_IGN, *stops):  # a second Ctrl-C must not leave half of the lab
+            names = [name for lab_id, name in _namespaces() if lab_id == self.id]
             for number in (signal.SIGTERM, signal.SIGKILL):
-                for pid in self._pids():
+                for pid in _pids(names):
                     with suppress(ProcessLookupError):
                         os.kill(pid, number)
                 end = time.monotonic() + 3
-                while time.monotonic() < end and self._pids():
+                while time.monotonic() < end and _pids(names):
                     time.sleep(0.05)
-            for namespace in reversed(self._made):
-                _tool("ip", "netns", "del", namespace, check=False)
-            self._made.clear()
-
-    def _pids(self) -> list[int]:
-        return [int(pid) for name in self._made for pid in _tool("ip", "netns", "pids", name, check=False).split()]
+            for name in names:
+                _tool("ip", "netns", "del", name, check=False)
 
     def _add_namespace(self, name: str) -> None:
-        self._made.append(name)  # first, for an interrupt may come right after the next line
-        try:
-            _tool("ip", "netns", "add", name)
-        except LabError:
-            self._made.remove(name)
-            raise
+        _tool("ip", "netns", "add", name)
         _tool("ip", "-n", name, "link", "set", "lo", "up")
 
     def _add_node(self, node: int, rate: Rate) -> None:
@@ -137,37 +123,36 @@ class Lab:
         self._add_namespace(name)
         peer = ("peer", "name", "eth0", "netns", name)
         _tool("ip", "-n", self._switch, "link", "add", port, "type", "veth", *peer)
-        _tool("ip", "-n", self._switch, "link", "set", port, "master", "br0")
-        _tool("ip", "-n", self._switch, "link", "set", port, "up")
+        _tool("ip", "-n", self._switch, "link", "set", port, "master", "br0", "up")
         _tool("ip", "-n", name, "addr", "add", f"{self.address(node)}/24", "dev", "eth0")
         _tool("ip", "-n", name, "link", "set", "eth0", "up")
         # A new namespace inherits the host's choice, bbr say. It may pick only what the host allows: reno always is.
         _tool("ip", "netns", "exec", name, "sysctl", "-qw", "net.ipv4.tcp_congestion_control=reno")
         if rate.bits_per_s is not None:
-            for namespace, device in self._ends(node):
-                _limit(namespace, device, rate.bits_per_s)
+            _limit(name, "eth0", rate.bits_per_s)
+            _limit(self._switch, port, rate.bits_per_s)
 
-    def _ends(self, node: int) -> list[tuple[str, str]]:
-        """Namespace and device of both ends of the node's link: at the node, and at the switch."""
-        return [(self.namespace(node), "eth0"), (self._switch, f"p{node}")]
+
+def _namespaces() -> list[tuple[str, str]]:
+    """Return lab id and name of the namespaces of all labs."""
+    names = [line.split()[0] for line in _tool("ip", "netns", "list").splitlines()]
+    return [(match[1], name) for name in names if (match := re.fullmatch(r"nl(\d+)(?:sw|n\d+)", name))]
+
+
+def _pids(namespaces: list[str]) -> list[int]:
+    return [int(pid) for name in namespaces for pid in _tool("ip", "netns", "pids", name, check=False).split()]
 
 
 def labs_of_dead_owners() -> list[Lab]:
     """Return the labs whose netlab.py was killed before it could remove them."""
-    left: dict[str, list[str]] = {}
-    for line in _tool("ip", "netns", "list").splitlines():
-        name = line.split()[0]
-        match = re.fullmatch(r"nl(\d+)(?:sw|n\d+)", name)
-        if match and not Path("/proc", match[1]).exists():
-            left.setdefault(match[1], []).append(name)
-    return [Lab([], lab_id, made) for lab_id, made in left.items()]
+    ids = sorted({lab_id for lab_id, _ in _namespaces()})
+    return [Lab([], lab_id) for lab_id in ids if not Path("/proc", lab_id).exists()]
 
 
 def _limit(namespace: str, device: str, bits_per_s: float) -> None:
-    bytes_per_s = bits_per_s / 8
     # The bucket must hold a packet of TCP, 64 KiB, or tbf cuts each into frames; and the bytes of 1 ms.
-    burst = int(max(128 * 1024, bytes_per_s * 0.001))
-    limit = int(burst + bytes_per_s * QUEUE_S)
+    burst = int(max(128 * 1024, bits_per_s / 8 * 0.001))
+    limit = int(burst + bits_per_s / 8 * QUEUE_S)
     options = ("rate", f"{int(bits_per_s)}bit", "burst", str(burst), "limit", str(limit))
     _tool("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root", "tbf", *options)
 
@@ -182,14 +167,14 @@ def _tool(*command: str, check: bool = True) -> str:
 
 
 @contextmanager
-def _signals_ignored() -> Generator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+def handled_signals(handler: Any, *numbers: int) -> Generator[None]:
+    """Handle these signals so in the `with` block, and as before after it."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 class Launch:
@@ -206,7 +191,10 @@ class Launch:
         out: TextIO = sys.stdout,
         log_dir: Path | None = None,
     ) -> None:
-        self._lab, self._procs, self._script, self._cwd = lab, procs, script, cwd
+        self._lab, self._script, self._cwd, self._out, self._log_dir = lab, script, cwd, out, log_dir
+        self._command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(lab.rates)}"]
+        self._command += [f"--nproc_per_node={procs}", "--max-restarts=0", f"--rdzv-id=netlab{lab.id}"]
+        self._command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={lab.address(0)}:{RENDEZVOUS_PORT}"]
         self._env = {
             **os.environ,
             "GLOO_SOCKET_IFNAME": "eth0",
@@ -217,14 +205,18 @@ class Launch:
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns that addresses here have no names
             **(env or {}),
         }
-        self._out, self._log_dir = out, log_dir
         self._running: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
 
     def __enter__(self) -> "Launch":
         for node in range(len(self._lab.rates)):
+            # All namespaces have the same host name, so torchrun cannot see which of them hosts the store.
+            host = f"--rdzv-conf=is_host={int(node == 0)},join_timeout={JOIN_TIMEOUT_S}"
             process = subprocess.Popen(
-                self._command(node),
+                [
+                    *("ip", "netns", "exec", self._lab.namespace(node), *self._command),
+                    *(host, f"--local-addr={self._lab.address(node)}", *self._script),
+                ],
                 env=self._env,
                 cwd=self._cwd,
                 text=True,
@@ -248,38 +240,21 @@ class Launch:
 
     def wait(self, timeout_s: float | None) -> int:
         """Return 0, 1 if a node failed, or 124 after a timeout. After a failure the other nodes would wait for ever."""
-        deadline = time.monotonic() + timeout_s if timeout_s else float("inf")
-        end = deadline
-        while None in (codes := [process.poll() for process in self._running]):
+        deadline = time.monotonic() + (timeout_s or float("inf"))
+        end = float("inf")  # of the grace after a failure
+        while None in (codes := [process.poll() for process in self._running]) and time.monotonic() < end:
             time.sleep(0.1)
             if any(codes):
                 end = min(end, time.monotonic() + GRACE_S)
             if time.monotonic() > deadline:
                 print(f"netlab.py: ended after {timeout_s:g} s", file=sys.stderr)
                 return 124
-            if time.monotonic() > end:
-                break
-        return int(any(code != 0 for code in codes))
-
-    def _command(self, node: int) -> list[str]:
-        lab = self._lab
-        return [
-            *("ip", "netns", "exec", lab.namespace(node), sys.executable, "-m", "torch.distributed.run"),
-            *(f"--nnodes={len(lab.rates)}", f"--nproc_per_node={self._procs}", "--max-restarts=0"),
-            *("--rdzv-backend=c10d", f"--rdzv-endpoint={lab.address(0)}:{RENDEZVOUS_PORT}"),
-            *(f"--rdzv-id=netlab{lab.id}", f"--local-addr={lab.address(node)}"),
-            # All namespaces have the same host name, so torchrun cannot see which of them hosts the store.
-            f"--rdzv-conf=is_host={int(node == 0)},join_timeout={JOIN_TIMEOUT_S}",
-            *self._script,
-        ]
+        return int(any(codes))
 
     def _say(self, node: int, lines: IO[str]) -> None:
-        log = open(self._log_dir / f"node{node}.log", "w", encoding="utf-8") if self._log_dir else None
-        for line in lines:
-            self._out.write(line if node == 0 else f"[node {node}] {line}")
-            self._out.flush()
-            if log is not None:
+        path = self._log_dir / f"node{node}.log" if self._log_dir else os.devnull
+        with open(path, "w", encoding="utf-8", buffering=1) as log:  # written line by line
+            for line in lines:
                 log.write(line)
-                log.flush()
-        if log is not None:
-            log.close()
+                self._out.write(line if node == 0 else f"[node {node}] {line}")
+                self._out.flush()

@@ -1,11 +1,11 @@
 """The results of `netlab.py compare`: machine, statistics, table, image."""
 
-import importlib.metadata
 import os
 import platform
 import re
 import statistics
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,9 @@ REFERENCES = ("pytorchddp", "pytorchddp_4mb")  # speed-ups are over the faster o
 
 
 def describe_machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    model = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-    versions: dict[str, str | None] = {"python": platform.python_version(), "linux": platform.release()}
-    for package in ("torch", "numpy", "decent-dp"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    cores = len(os.sched_getaffinity(0))
-    return {"machine": {"cpu": model[1] if model else platform.machine(), "cores": cores}, "versions": versions}
+    model = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    machine = {"cpu": model[1] if model else platform.machine(), "cores": len(os.sched_getaffinity(0))}
+    return {"machine": machine, "versions": {"python": platform.python_version(), "torch": version("torch")}}
 
 
 @dataclass(frozen=True)
@@ -49,20 +42,18 @@ def summarize(arms: list[dict[str, Any]]) -> list[Result]:
     results = []
     for arm in arms:
         name = arm["name"]
-        alone = [statistics.mean(block["exchange_ms"]) for block in arm["blocks"] if block["exchange_ms"] is not None]
+        alone = [statistics.mean(block["exchange_ms"]) for block in arm["blocks"] if None not in block["exchange_ms"]]
         exchange = statistics.median(alone) if alone else None
-        sent = [node for block in arm["blocks"] for node in block["sent_bytes"]]
-        results.append(
-            Result(
-                arm=name,
-                step_ms=median[name],
-                best_ms=min(blocks[name]),
-                exchange_ms=exchange,
-                speedup=reference / median[name] if reference else None,
-                hidden=hidden_share(median[name], median.get("none"), exchange),
-                sent_bytes=statistics.mean(sent),
-            )
+        result = Result(
+            arm=name,
+            step_ms=median[name],
+            best_ms=min(blocks[name]),
+            exchange_ms=exchange,
+            speedup=reference / median[name] if reference else None,
+            hidden=hidden_share(median[name], median.get("none"), exchange),
+            sent_bytes=statistics.mean(node for block in arm["blocks"] for node in block["sent_bytes"]),
         )
+        results.append(result)
     return results
 
 
@@ -89,15 +80,10 @@ def table(scenario: dict[str, Any], settings: dict[str, Any]) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [_row(row, widths) for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)) + "|")
+    rows.insert(1, tuple("-" * (width - 1) + ":" for width in widths))
+    lines = [f"| {' | '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
     title = f"{scenario['bandwidth']}: {describe(scenario, settings)}"
     return "\n".join(["", title, "", *lines, "", *reasons(scenario)])
-
-
-def _row(cells: tuple[str, ...], widths: list[int]) -> str:
-    padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-    return "| " + " | ".join([cells[0].ljust(widths[0]), *padded[1:]]) + " |"
 
 
 def reasons(scenario: dict[str, Any]) -> list[str]:
@@ -107,21 +93,20 @@ def reasons(scenario: dict[str, Any]) -> list[str]:
 
 def describe(scenario: dict[str, Any], settings: dict[str, Any]) -> str:
     """Return the measured setting in one line, without the bandwidth."""
-    compute_ms = settings["forward_ms"] + settings["backward_ms"]
     straggler = f", one random worker {settings['straggler']:g}x slower each step" if settings["straggler"] > 1 else ""
     millions = scenario["parameters"] / 1e6
     return (
         f"{settings['nodes']} nodes x {settings['procs']}, {millions:.1f}M parameters ({4 * millions:.1f} MB), "
-        f"computation {compute_ms:.0f} ms (emulated){straggler}"
+        f"computation {settings['compute_ms']:.0f} ms (emulated){straggler}"
     )
 
 
-COLOURS = {  # by family; the second is for 16-bit values
-    "none": ("0.75", "0.75"),
-    "pytorchddp": ("#c44e52", "#e39a9c"),
-    "localsgd": ("#dd8452", "#dd8452"),
-    "decentdp": ("#2f6db0", "#83b2de"),
-    "decent-dp": ("#7f6ba8", "#7f6ba8"),
+COLOURS = {
+    "none": "0.75",
+    "pytorchddp": "#c44e52",
+    "localsgd": "#dd8452",
+    "decentdp": "#2f6db0",
+    "decent-dp": "#7f6ba8",
 }
 
 
@@ -147,26 +132,17 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def _draw_scenario(ax: Any, scenario: dict[str, Any]) -> None:
     results = summarize(scenario["arms"])
-    methods = [parse_method(result.arm) for result in results]
-    colours = [COLOURS[method.family][method.bf16 or method.variant == "16bit"] for method in methods]
-    ax.barh([result.arm for result in results], [result.step_ms for result in results], color=colours, height=0.72)
-    for i, result in enumerate(results):
-        speedup = "" if result.speedup is None else f"  {result.speedup:.2f}x"
-        ax.annotate(
-            f"{result.step_ms:,.0f}{speedup}",
-            (result.step_ms, i),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
-    none = next((result.step_ms for result in results if result.arm == "none"), None)
-    if none is not None:
-        ax.axvline(none, color="0.35", linewidth=0.9, linestyle="--")
+    colours = [COLOURS[parse_method(result.arm).family] for result in results]
+    bars = ax.barh([result.arm for result in results], [result.step_ms for result in results], color=colours)
+    speedups = ["" if result.speedup is None else f"  {result.speedup:.2f}x" for result in results]
+    labels = [f"{result.step_ms:,.0f}{speedup}" for result, speedup in zip(results, speedups, strict=True)]
+    ax.bar_label(bars, labels, padding=4, fontsize=8)
+    for result in results:
+        if result.arm == "none":
+            ax.axvline(result.step_ms, color="0.35", linewidth=0.9, linestyle="--")
     ax.invert_yaxis()
     ax.set_xlim(0, 1.28 * max(result.step_ms for result in results))
     ax.set_title(scenario["bandwidth"], loc="left")
     ax.set_xlabel("ms per step; speed-up over pytorchddp")
-    ax.tick_params(axis="y", length=0)
     ax.tick_params(labelsize=8)
-    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines[["top", "right"]].set_visible(False)

@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 STATE = Path("/var/lib/slurmlab")  # slurmd runs batch scripts there, which /run and /tmp may forbid
 BRIDGE, NAMESPACE, CABLE = "slurmlab0", "slurmlab-{}", "slurmlab-v{}"
 CONTROLLER, ADDRESS = "slurmlab-ctl", "10.77.0.{}"
-PORTS = {"SlurmctldPort": 16817, "SlurmdPort": 16818}  # unusual ones, for a SLURM may run here already
 GPUS_PER_NODE, CPUS_PER_NODE = 4, 128  # numbers declared to SLURM, without hardware
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "ip", "unshare", "nsenter")
 PATH = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
+ENV = {"PATH": PATH, "SLURM_CONF": str(STATE / "slurm.conf")}
 PR_SET_PDEATHSIG = 1  # Linux: prctl.h
 
 SLURM_CONF = """\
@@ -45,6 +45,8 @@ StateSaveLocation={state}/controller
 SlurmdSpoolDir={state}/spool/%n
 SlurmctldPidFile={state}/slurmctld.pid
 SlurmdPidFile={state}/slurmd.%n.pid
+SlurmctldPort=16817
+SlurmdPort=16818
 SlurmctldLogFile={state}/log/slurmctld.log
 SlurmdLogFile={state}/log/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
@@ -66,13 +68,14 @@ PreemptMode=REQUEUE
 PartitionName=lab Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
-# JobRequeue=0: only the job's own script requeues it. ReturnToService=2: a crashed node is used again once it is back.
+# The ports are unusual, for a SLURM may run here already. JobRequeue=0: only the job's own script requeues it.
+# ReturnToService=2: a crashed node is used again once it is back.
 
 # pid 1 of a node; $1 is its name, $2 the state folder. When it ends, so do all processes of the node.
 NODE_INIT = """\
 hostname "$1" && mount --bind "$2/hosts" /etc/hosts || exit
 mount -t tmpfs -o mode=1777 slurmlab-shm /dev/shm
-slurmd -D -f "$2/slurm.conf" &
+slurmd -D &
 slurmd=$!
 while kill -0 "$slurmd" 2>/dev/null; do wait "$slurmd"; done # bash also reaps the orphans
 """
@@ -88,7 +91,6 @@ class SlurmLab:
     def __init__(self, n_nodes: int) -> None:
         self.nodes = [f"node{i}" for i in range(1, n_nodes + 1)]
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}  # by name: the nodes, slurmctld and munged
-        self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": str(STATE / "slurm.conf")}
 
     def __enter__(self) -> "SlurmLab":
         self._check()
@@ -107,16 +109,18 @@ class SlurmLab:
 
     def __exit__(self, *_: object) -> None:
         for name in (*self.nodes, "slurmctld", "munged"):
-            self._kill(name)
+            self.crash(name)
         self._remove()
 
     def slurm(self, *command: str) -> str:
         """Return the output of a command of SLURM: lab.slurm("sinfo", "-h")."""
-        return _run(*command, env=self.env)
+        return _run(*command)
 
     def crash(self, node: str) -> None:
         """End all processes of a node at once, as a power cut does."""
-        self._kill(node)
+        if (daemon := self._daemons.pop(node, None)) is not None:
+            daemon.kill()  # `unshare --kill-child` takes a node's pid 1 along, which takes all others
+            daemon.wait()
 
     def boot(self, node: str) -> None:
         namespace = ["ip", "netns", "exec", NAMESPACE.format(node)]
@@ -169,9 +173,7 @@ class SlurmLab:
         conf = SLURM_CONF.format(controller=CONTROLLER, address=ADDRESS.format(1), state=STATE)
         hardware = f"CPUs={CPUS_PER_NODE} RealMemory=256000 Gres=gpu:A100:{GPUS_PER_NODE} State=UNKNOWN"
         nodes = [f"NodeName={node} NodeAddr={self._address(node)} {hardware}" for node in self.nodes]
-        ports = [f"{key}={port}" for key, port in PORTS.items()]
-        # PartitionName comes last: it names nodes
-        (STATE / "slurm.conf").write_text("\n".join([*ports, *nodes, conf]))
+        (STATE / "slurm.conf").write_text("\n".join([*nodes, conf]))  # nodes first: partitions name them
         (STATE / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # or slurmd looks for one in /sys
         gpus = f"Name=gpu Type=A100 File={STATE}/nvidia[0-{GPUS_PER_NODE - 1}] Flags=nvidia_gpu_env"
         (STATE / "gres.conf").write_text(f"AutoDetect=off\n{gpus}\n")
@@ -186,11 +188,9 @@ class SlurmLab:
         _run("ip", "link", "add", BRIDGE, "type", "bridge", "stp_state", "0")
         _run("ip", "addr", "add", f"{ADDRESS.format(1)}/24", "dev", BRIDGE)
         _run("ip", "link", "set", BRIDGE, "up")
-        command = (
-            f"hostname {CONTROLLER} && mount --bind {STATE}/hosts /etc/hosts && exec slurmctld -D -f {STATE}/slurm.conf"
-        )
+        command = f"hostname {CONTROLLER} && mount --bind {STATE}/hosts /etc/hosts && exec slurmctld -D"
         self._start("slurmctld", ["unshare", "--uts", "--mount", "sh", "-c", command])
-        if not wait_for(lambda: " is UP" in _run("scontrol", "ping", env=self.env, check=False), 30):
+        if not wait_for(lambda: " is UP" in _run("scontrol", "ping", check=False), 30):
             raise LabError(f"slurmctld does not start:\n{_tail(STATE / 'log' / 'slurmctld.log')}")
 
     def _plug_in(self, node: str) -> None:
@@ -211,7 +211,6 @@ class SlurmLab:
         return int(Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0])
 
     def _start(self, name: str, command: list[str]) -> None:
-        env = {"PATH": PATH, "LANG": "C.UTF-8", "HOME": "/root", "SLURM_CONF": self.env["SLURM_CONF"]}
         libc = ctypes.CDLL(None)
         with open(STATE / "log" / f"{name}.out", "ab") as log:
             self._daemons[name] = subprocess.Popen(
@@ -220,15 +219,10 @@ class SlurmLab:
                 stdout=log,
                 stderr=log,
                 cwd=STATE,
-                env=env,
+                env={**ENV, "LANG": "C.UTF-8", "HOME": "/root"},
                 start_new_session=True,  # Ctrl-C reaches the tests, which then stop the daemons
                 preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
             )
-
-    def _kill(self, name: str) -> None:
-        if (daemon := self._daemons.pop(name, None)) is not None:
-            daemon.kill()  # `unshare --kill-child` takes a node's pid 1 along, which takes all others
-            daemon.wait()
 
     def _remove(self) -> None:
         for node in self.nodes:
@@ -248,15 +242,18 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-def _run(*command: str, env: dict[str, str] | None = None, check: bool = True) -> str:
+def _run(*command: str, check: bool = True) -> str:
+    """Return the output of a command, which raises LabError if it fails."""
+    pipe = subprocess.PIPE
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=pipe,
+        stderr=pipe,
         text=True,
         timeout=60,
         cwd=ROOT,
-        env=env or {**os.environ, "PATH": PATH},
+        env={**os.environ, **ENV},
         check=False,
     )
     if check and done.returncode:

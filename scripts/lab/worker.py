@@ -8,6 +8,7 @@ sleep, then the backward returns ready-made gradients. All else is real: communi
 
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -44,23 +45,22 @@ class EmulatedGPT(nn.Module):
         self.layers = [nn.ParameterList(torch.randn(*shape) * 0.02 for shape in layer) for layer in shapes]
         self.registered = nn.ModuleList(self.layers)
         self.gradients: list[list[Tensor]] = []  # by layer; all arms share them
-        self.forward_s = settings["forward_ms"] / 1e3 / n_layers  # in one block
-        self.backward_s = settings["backward_ms"] / 1e3 / n_layers
+        self.forward_s = settings["compute_ms"] / 1e3 / n_layers / 3  # in one block; a backward costs two forwards
         self.slowness = 1.0  # factor of this worker's computation in this step
 
     def forward(self, x: Tensor) -> Tensor:
         for i, (layer, gradients) in enumerate(zip(self.layers, self.gradients, strict=True)):
             share = self.slowness if i else 0.0  # the embedding itself costs nothing
-            x = _Layer.apply(x, self.forward_s * share, self.backward_s * share, gradients, *layer)
+            x = _Layer.apply(x, self.forward_s * share, gradients, *layer)
         return x
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, forward_s: float, backward_s: float, gradients: list[Tensor], *_: Tensor
+        ctx: Any, x: Tensor, forward_s: float, gradients: list[Tensor], *_: Tensor
     ) -> Tensor:
-        ctx.backward_s, ctx.gradients = backward_s, gradients
+        ctx.backward_s, ctx.gradients = 2 * forward_s, gradients
         time.sleep(forward_s)
         return x.clone()
 
@@ -68,11 +68,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         time.sleep(ctx.backward_s)
         # Autograd keeps a new view as p.grad, but would copy a tensor that is referenced elsewhere too.
-        return grad, None, None, None, *[g.view_as(g) for g in ctx.gradients]
-
-
-def nothing() -> None:
-    """Do nothing, where a method has nothing to do."""
+        return grad, None, None, *[g.view_as(g) for g in ctx.gradients]
 
 
 @dataclass(frozen=True)
@@ -83,14 +79,10 @@ class Training:
     model: nn.Module  # gpt or a wrapper of it
     new_optimizer: Callable[[], Optimizer] | None  # None means that the wrapper has its own
     cycle: int = 1  # steps until the communication repeats
-    mix: Callable[[], None] = nothing
-    exchange: Callable[[], None] = nothing
+    mix: Callable[[], None] = lambda: None
+    exchange: Callable[[], None] = lambda: None
     exchange_alone: Callable[[], object] | None = None  # exchanges of a whole cycle
-    drain: Callable[[], None] = nothing  # waits for the exchange in flight
-
-    @property
-    def warmup_steps(self) -> int:
-        return -(-MIN_WARMUP_STEPS // self.cycle) * self.cycle
+    drain: Callable[[], None] = lambda: None  # waits for the exchange in flight
 
 
 def build(method: Method, settings: dict[str, Any], gradients: list[list[Tensor]], world: World) -> Training:
@@ -98,9 +90,9 @@ def build(method: Method, settings: dict[str, Any], gradients: list[list[Tensor]
     torch.manual_seed(0)
     gpt = EmulatedGPT(settings)
     gpt.gradients = gradients
-    builders = {"pytorchddp": _pytorchddp, "localsgd": _localsgd, "decentdp": _decentdp, "decent-dp": _decent_dp}
     if method.family == "none":
         return Training(gpt, gpt, _optimizer(method, gpt))
+    builders = {"pytorchddp": _pytorchddp, "localsgd": _localsgd, "decentdp": _decentdp, "decent-dp": _decent_dp}
     return builders[method.family](method, gpt, world)
 
 
@@ -121,8 +113,7 @@ def _pytorchddp(method: Method, gpt: EmulatedGPT, world: World) -> Training:
     if method.variant == "16bit":
         dtype = torch.float16  # torch refuses its bfloat16 hook on CPUs
         model.register_comm_hook(dist.group.WORLD, fp16_compress_hook)
-    alone = torch.zeros(_numel(gpt), dtype=dtype)
-    return Training(gpt, model, _optimizer(method, gpt), exchange_alone=lambda: dist.all_reduce(alone))
+    return Training(gpt, model, _optimizer(method, gpt), exchange_alone=_all_reduce(gpt, dtype))
 
 
 def _localsgd(method: Method, gpt: EmulatedGPT, _: World) -> Training:
@@ -133,8 +124,12 @@ def _localsgd(method: Method, gpt: EmulatedGPT, _: World) -> Training:
         averager = PeriodicModelAverager(period=method.every, warmup_steps=0)
         return PostLocalSGDOptimizer(_optimizer(method, gpt)(), averager)
 
-    alone = torch.zeros(_numel(gpt))
-    return Training(gpt, gpt, new_optimizer, cycle=method.every, exchange_alone=lambda: dist.all_reduce(alone))
+    return Training(gpt, gpt, new_optimizer, cycle=method.every, exchange_alone=_all_reduce(gpt))
+
+
+def _all_reduce(gpt: EmulatedGPT, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    values = torch.zeros(sum(p.numel() for p in gpt.parameters()), dtype=dtype)
+    return lambda: dist.all_reduce(values)
 
 
 def _decentdp(method: Method, gpt: EmulatedGPT, world: World) -> Training:
@@ -164,12 +159,14 @@ def _decent_dp(method: Method, gpt: EmulatedGPT, world: World) -> Training:
         raise ValueError("decent-dp divides by zero in it with one worker on a node")
     model = DecentralizedDataParallel(
         gpt,
-        partial(optim_fn_accum_adamw, lr=LR) if method.optimizer == "accumadamw" else _fused_adamw,
+        partial(optim_fn_accum_adamw, lr=LR)
+        if method.optimizer == "accumadamw"
+        else lambda named: AdamW([p for _, p in named], lr=LR, fused=True),
         topology={"exp": "one-peer-exp"}.get(method.topology, method.topology),
         _local_world_size=world.local_world_size,
     )
     cycle = len(model._topo._edges)
-    alone = torch.zeros(_numel(gpt))
+    alone = torch.zeros(sum(p.numel() for p in gpt.parameters()))
 
     def exchange_alone() -> None:
         for step in range(cycle):
@@ -183,55 +180,36 @@ def _decent_dp(method: Method, gpt: EmulatedGPT, world: World) -> Training:
     return Training(gpt, model, None, cycle, exchange_alone=exchange_alone, drain=drain)
 
 
-def _fused_adamw(named_parameters: list[tuple[str, Tensor]]) -> Optimizer:
-    return AdamW([p for _, p in named_parameters], lr=LR, fused=True)
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def run_steps(training: Training, optimizer: Optimizer | None, slowness: list[float]) -> dict[str, float]:
-    """Take one training step for each factor of this worker's computation. Return the ms per step in each phase."""
+def run_steps(training: Training, optimizer: Optimizer | None, slowness: list[float]) -> None:
+    """Take one training step for each factor of this worker's computation."""
     x = torch.zeros((), requires_grad=True)
-    total: dict[str, float] = dict.fromkeys(("compute", "mix", "optimizer", "exchange"), 0.0)
     for training.gpt.slowness in slowness:
-        t0 = time.perf_counter()
         training.model(x).backward()
-        t1 = time.perf_counter()
         training.mix()
-        t2 = time.perf_counter()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-        t3 = time.perf_counter()
         training.exchange()
-        t4 = time.perf_counter()
-        for phase, seconds in zip(total, (t1 - t0, t2 - t1, t3 - t2, t4 - t3), strict=True):
-            total[phase] += 1e3 * seconds / len(slowness)
-    return total
 
 
 def measure_block(training: Training, settings: dict[str, Any], world: World, round_: int) -> dict[str, Any]:
     """Return the raw numbers of one block: lists over workers, `sent_bytes` over nodes. A collective."""
     optimizer = training.new_optimizer() if training.new_optimizer else None  # its state lives for this block only
     cycle = training.cycle
-    n_steps = -(-settings["steps"] // cycle) * cycle
-    slowness = [
-        slowness_of(world.rank, world.world_size, round_, step, settings["straggler"]) for step in range(n_steps)
-    ]
-
+    n_warmup, n_steps = (-(-n // cycle) * cycle for n in (MIN_WARMUP_STEPS, settings["steps"]))  # whole cycles
+    draws = (world.rank, world.world_size, round_, settings["straggler"])
+    slowness = [slowness_of(*draws, step) for step in range(n_steps)]
     dist.barrier()
     sent = int(SENT_BYTES.read_text())
-    run_steps(training, optimizer, [1.0] * training.warmup_steps)
+    run_steps(training, optimizer, [1.0] * n_warmup)
     dist.barrier()
-    start, cpu_start = time.perf_counter(), time.process_time()
-    phases_ms = run_steps(training, optimizer, slowness)
-    ms, cpu_ms = (1e3 * t / n_steps for t in (time.perf_counter() - start, time.process_time() - cpu_start))
+    start = time.perf_counter()
+    run_steps(training, optimizer, slowness)
+    ms = 1e3 * (time.perf_counter() - start) / n_steps
     training.drain()
     dist.barrier()
     # Averaged over all steps, the warm-up too: the link still carries the last exchange when the clock stops.
-    sent = (int(SENT_BYTES.read_text()) - sent) / (training.warmup_steps + n_steps)
+    sent = (int(SENT_BYTES.read_text()) - sent) / (n_warmup + n_steps)
 
     exchange_ms = None
     if training.exchange_alone is not None:
@@ -239,16 +217,13 @@ def measure_block(training: Training, settings: dict[str, Any], world: World, ro
         start = time.perf_counter()
         training.exchange_alone()
         exchange_ms = 1e3 * (time.perf_counter() - start) / cycle
-    own = {"ms": ms, "phases_ms": phases_ms, "cpu_ms": cpu_ms, "exchange_ms": exchange_ms, "sent_bytes": sent}
-    workers = world.all_gather(own)
-    block: dict[str, Any] = {"steps": n_steps, **{key: [worker[key] for worker in workers] for key in own}}
+    workers = world.all_gather({"ms": ms, "exchange_ms": exchange_ms, "sent_bytes": sent})
+    block: dict[str, Any] = {key: [worker[key] for worker in workers] for key in workers[0]}
     block["sent_bytes"] = block["sent_bytes"][:: world.local_world_size]  # a node's workers read the same counter
-    if exchange_ms is None:
-        block["exchange_ms"] = None
-    return block
+    return {"steps": n_steps, **block}
 
 
-def slowness_of(rank: int, world_size: int, round_: int, step: int, straggler: float) -> float:
+def slowness_of(rank: int, world_size: int, round_: int, straggler: float, step: int) -> float:
     """Return `straggler` for the worker that is drawn in this step, the same in all arms; 1 for the others.
 
     Two rounds each have the same draws, in the second a step earlier. Else the parity of a step, by which topologies
@@ -272,23 +247,22 @@ def main() -> None:
 
 def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
     gradients = [[torch.randn_like(p) * 1e-3 for p in layer] for layer in EmulatedGPT(settings).layers]
-    trainings: list[Training] = []
-    arms, skipped = [], []
+    trainings: dict[str, Training] = {}
+    skipped = []
     for method in (Method(**fields) for fields in settings["arms"]):
         try:
-            trainings.append(build(method, settings, gradients, world))
-            arms.append({"name": method.name, "blocks": []})
+            trainings[method.name] = build(method, settings, gradients, world)
         except ValueError as error:
             skipped.append({"name": method.name, "skipped": str(error)})
+    blocks: dict[str, list[dict[str, Any]]] = {name: [] for name in trainings}
     for round_ in range(settings["rounds"]):
-        for training, arm in zip(trainings, arms, strict=True):
-            block = measure_block(training, settings, world, round_)
-            arm["blocks"].append(block)
+        for name, training in trainings.items():
+            blocks[name].append(measure_block(training, settings, world, round_))
             if world.rank == 0:
-                ms = sum(block["ms"]) / len(block["ms"])
-                print(f"round {round_ + 1}/{settings['rounds']}  {arm['name']}: {ms:.0f} ms/step", flush=True)
-    parameters = sum(gradient.numel() for layer in gradients for gradient in layer)
-    return {"parameters": parameters, "arms": arms, "skipped": skipped}
+                ms = statistics.mean(blocks[name][-1]["ms"])
+                print(f"round {round_ + 1}/{settings['rounds']}  {name}: {ms:.0f} ms/step", flush=True)
+    arms = [{"name": name, "blocks": blocks} for name, blocks in blocks.items()]
+    return {"parameters": sum(g.numel() for layer in gradients for g in layer), "arms": arms, "skipped": skipped}
 
 
 if __name__ == "__main__":

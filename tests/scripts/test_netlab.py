@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -20,21 +19,21 @@ from scripts import netlab
 from scripts.lab import methods, network, results, worker
 
 SCRIPT = Path(netlab.__file__)
-TINY = ("--n-layers", "2", "--n-embd", "64", "--compute-ms", "30")
+TINY = ("--n-layers", "2", "--n-embd", "64", "--compute-ms", "6", "--rounds", "1", "--steps", "2")
 TINY_BYTES = 4 * (2048 * 64 + 2 * (12 * 64 * 64 + 2 * 64))  # float32: embedding, two blocks
 
 
-def cannot_build_a_lab() -> str | None:
+def obstacle() -> str:
+    """Return the reason why no lab can be built here."""
     try:
         network.require_root_and_iproute2()
-        network._tool("unshare", "--net", "true")
-    except (network.LabError, OSError) as error:
+    except network.LabError as error:
         return str(error)
-    return None
+    unshare = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True, check=False)
+    return unshare.stderr
 
 
-OBSTACLE = cannot_build_a_lab()
-needs_lab = pytest.mark.skipif(OBSTACLE is not None, reason=f"no lab: {OBSTACLE}")
+needs_lab = pytest.mark.skipif(obstacle() != "", reason=f"no lab: {obstacle()}")
 
 
 def run_netlab(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -65,14 +64,7 @@ def test_method_is_read_from_its_name() -> None:
     arm = methods.parse_method("alternating-exp-ring_bf16_every8_adamw")
     assert (arm.family, arm.topology, arm.optimizer) == ("decentdp", "alternating-exp-ring", "adamw")
     assert (arm.bf16, arm.every) == (True, 8)
-    arm = methods.parse_method("decent-dp_exp")
-    assert (arm.family, arm.topology, arm.optimizer, arm.bf16, arm.every) == (
-        "decent-dp",
-        "exp",
-        "accumadamw",
-        False,
-        1,
-    )
+    assert methods.parse_method("decent-dp_exp") == methods.Method("decent-dp_exp", "decent-dp", "accumadamw", "exp")
     assert methods.parse_method("localsgd8").every == 8
 
 
@@ -99,8 +91,7 @@ def test_hidden_share_is_the_part_without_waiting() -> None:
 
 def measured(name: str, ms: list[float], exchange_ms: float | None = None, sent: float = 0) -> dict[str, Any]:
     """Raw numbers of two workers on two nodes, the second 20 ms slower; one block for each of `ms`."""
-    exchange = None if exchange_ms is None else [exchange_ms, exchange_ms]
-    block = {"exchange_ms": exchange, "sent_bytes": [sent, sent + 2e6]}
+    block = {"exchange_ms": [exchange_ms, exchange_ms], "sent_bytes": [sent, sent + 2e6]}
     return {"name": name, "blocks": [{"ms": [x - 10, x + 10], **block} for x in ms]}
 
 
@@ -129,6 +120,8 @@ def test_faster_ddp_is_the_reference(scenario: dict[str, Any]) -> None:
     assert by_arm["pytorchddp_4mb"].speedup == 1.0
     assert by_arm["pytorchddp"].speedup == pytest.approx(900 / 1100)
     assert by_arm["none"].hidden is None
+    (alone,) = results.summarize(scenario["arms"][-1:])
+    assert (alone.speedup, alone.hidden) == (None, None)
 
 
 def test_table_holds_numbers_and_skipped_arms(scenario: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -140,40 +133,31 @@ def test_table_holds_numbers_and_skipped_arms(scenario: dict[str, Any], settings
     assert lines[-1] == "complete_bf16: cannot send bfloat16"
 
 
-def test_table_of_stragglers_has_no_hidden_share(scenario: dict[str, Any]) -> None:
-    arguments = netlab.parse_args(["compare", "--straggler", "2"])
-    table = results.table(scenario, methods.settings(arguments))
+def test_table_of_stragglers_has_no_hidden_share(scenario: dict[str, Any], settings: dict[str, Any]) -> None:
+    table = results.table(scenario, {**settings, "straggler": 2})
     assert "one random worker 2x slower each step" in table
     assert "%" not in table
-
-
-def test_missing_reference_leaves_gaps(scenario: dict[str, Any]) -> None:
-    (alone,) = results.summarize([arm for arm in scenario["arms"] if arm["name"] == "exp_bf16"])
-    assert (alone.speedup, alone.hidden) == (None, None)
 
 
 def test_image_has_a_panel_for_each_bandwidth(
     tmp_path: Path, scenario: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    machine = results.describe_machine()
-    sizes = []
-    for n in (1, 2):
-        path = tmp_path / f"{n}.png"
-        results.draw({**machine, "settings": settings, "scenarios": [scenario] * n}, path)
-        image = matplotlib.image.imread(path)
+    report = {**results.describe_machine(), "settings": settings, "scenarios": [scenario]}
+    widths = []
+    for _ in range(2):
+        results.draw(report, tmp_path / "x.png")
+        image = matplotlib.image.imread(tmp_path / "x.png")
         assert image.std() > 0.05  # it is not empty
-        sizes.append(image.shape[1])
-    assert sizes[1] > 1.5 * sizes[0]
+        widths.append(image.shape[1])
+        report["scenarios"].append(scenario)
+    assert widths[1] > 1.5 * widths[0]
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    assert not {"torch", "matplotlib"} & modules_after("scripts.netlab")
-    assert "compare" in run_netlab("--help").stdout
-
-
-def modules_after(module: str) -> set[str]:
-    code = f"import sys, {module}; print(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    code = "import sys; from scripts import netlab\ntry: netlab.main(['--help'])\nfinally: print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "compare" in shown.stdout
+    assert not {"torch", "matplotlib"} & set(shown.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -198,19 +182,24 @@ def test_invalid_option_is_exit_code_2(capsys: pytest.CaptureFixture[str], argum
     assert message in capsys.readouterr().err
 
 
-def test_missing_root_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+@pytest.mark.parametrize(
+    ("user_id", "missing_tool", "message"),
+    [
+        (65534, None, "needs root, to make network namespaces: run it with sudo, or in a privileged container"),
+        (0, "tc", "tc not found: install iproute2 (apt-get install iproute2)"),
+    ],
+)
+def test_missing_root_or_iproute2_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    user_id: int,
+    missing_tool: str | None,
+    message: str,
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user_id)
+    monkeypatch.setattr(shutil, "which", lambda tool: None if tool == missing_tool else tool)
     assert netlab.main(["clean"]) == 2
-    assert capsys.readouterr().err == (
-        "netlab.py: needs root, to make network namespaces: run it with sudo, or in a privileged container\n"
-    )
-
-
-def test_missing_iproute2_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(shutil, "which", lambda tool: None if tool == "tc" else tool)
-    assert netlab.main(["clean"]) == 2
-    assert capsys.readouterr().err == "netlab.py: tc not found: install iproute2 (apt-get install iproute2)\n"
+    assert capsys.readouterr().err == f"netlab.py: {message}\n"
 
 
 @pytest.fixture
@@ -234,14 +223,13 @@ def nothing_left() -> Iterator[None]:
     ],
 )
 def test_links_carry_the_bytes_of_the_algorithms(tmp_path: Path, procs: int, shares: dict[str, float]) -> None:
-    result = run_netlab(
-        *("compare", "--nodes", 2, "--procs", procs, "--bandwidth", "200mbit", "--arms", ",".join(shares)),
-        *("--rounds", 1, "--json", "c.json", *TINY),
-        cwd=tmp_path,
-    )
+    arms = ",".join([*shares, "complete_bf16"])  # the last one cannot run
+    cluster = ("--nodes", 2, "--procs", procs, "--bandwidth", "200mbit")
+    result = run_netlab("compare", *cluster, "--arms", arms, "--json", "c.json", *TINY, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")][2:]
     assert rows == list(shares)
+    assert 'complete_bf16: topology "complete" cannot send' in result.stdout
     assert result.stdout.splitlines()[-1] == "wrote c.json and netlab.png"
     assert {path.name for path in tmp_path.iterdir()} == {"c.json", "netlab.png"}
     (scenario,) = json.loads((tmp_path / "c.json").read_text())["scenarios"]
@@ -254,14 +242,10 @@ def test_links_carry_the_bytes_of_the_algorithms(tmp_path: Path, procs: int, sha
 @needs_lab
 @pytest.mark.dist
 @pytest.mark.usefixtures("nothing_left")
-def test_no_possible_arm_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "decent_dp.py").write_text("raise ImportError\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    result = run_netlab("compare", "--arms", "decent-dp_exp,complete_bf16", *TINY, cwd=tmp_path)
+def test_no_possible_arm_is_one_line(tmp_path: Path) -> None:
+    result = run_netlab("compare", "--nodes", "1", "--arms", "complete_bf16", *TINY, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
-    line = result.stderr.splitlines()[-1]
-    assert line.startswith("netlab.py: no arm can run: decent-dp_exp: decent-dp is not installed")
-    assert "; complete_bf16: " in line
+    assert result.stderr.splitlines()[-1].startswith("netlab.py: no arm can run: complete_bf16: ")
     assert not list(tmp_path.glob("netlab.*"))
 
 
@@ -272,13 +256,14 @@ def test_no_possible_arm_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_stopped_lab_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
     script = tmp_path / "wait.py"
     script.write_text("import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(1000)\n")
-    command = [sys.executable, str(SCRIPT), "run", "--nodes", "2", "--", str(script)]
+    command = [sys.executable, str(SCRIPT), "run", "--nodes", "1", "--", str(script)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as lab:
         assert lab.stdout is not None
         worker = next(int(line.split()[-1]) for line in lab.stdout if "pid" in line)
-        assert f"nl{lab.pid}n1" in namespaces()
+        assert f"nl{lab.pid}n0" in namespaces()
         lab.send_signal(number)
         assert lab.wait(timeout=30) == code
+    assert not {name for name in namespaces() if name.startswith(f"nl{lab.pid}")}
     assert not Path("/proc", str(worker)).exists()
 
 
@@ -288,15 +273,13 @@ def test_stopped_lab_leaves_nothing(tmp_path: Path, number: signal.Signals, code
 def test_failed_script_ends_the_lab_and_shows_its_output(tmp_path: Path) -> None:
     script = tmp_path / "fail.py"
     script.write_text(
-        "import os, time\nif os.environ['RANK'] == '1':\n    raise RuntimeError('no luck')\ntime.sleep(99)\n"
+        "import os, time\nif os.environ['RANK'] == '1':\n    raise RuntimeError('no luck')\ntime.sleep(999)\n"
     )
-    start = time.monotonic()
     result = run_netlab("run", "--nodes", 2, "--log-dir", tmp_path, "--", script)
     assert result.returncode == 1
     assert "no luck" in result.stdout
     assert "netlab.py: node 1, unlimited: sent 0." in result.stderr
     assert "no luck" in (tmp_path / "node1.log").read_text() + (tmp_path / "node0.log").read_text()
-    assert time.monotonic() - start < 60
 
 
 @needs_lab
@@ -305,16 +288,17 @@ def test_failed_script_ends_the_lab_and_shows_its_output(tmp_path: Path) -> None
 def test_clean_removes_only_labs_of_dead_owners() -> None:
     with subprocess.Popen(["true"]) as gone:
         pass
-    with network.Lab([network.parse_rate("unlimited")]) as alive:
-        dead = network.Lab([network.parse_rate("1gbit")], lab_id=str(gone.pid)).__enter__()
-        assert run_netlab("clean").stdout == f"removed lab {dead.id}\n"
+    [rate] = network.parse_rates("1gbit")
+    with network.Lab([rate]) as alive:
+        dead = network.Lab([rate], lab_id=str(gone.pid)).__enter__()
+        assert f"removed lab {dead.id}\n" in run_netlab("clean").stdout
         assert alive.namespace(0) in namespaces()
         assert dead.namespace(0) not in namespaces()
 
 
 def test_two_rounds_have_the_same_stragglers_a_step_apart() -> None:
     def draws(round_: int) -> list[int]:
-        steps = [[worker.slowness_of(rank, 4, round_, step, 2.0) for rank in range(4)] for step in range(96)]
+        steps = [[worker.slowness_of(rank, 4, round_, 2.0, step) for rank in range(4)] for step in range(96)]
         assert all(sorted(step) == [1, 1, 1, 2] for step in steps)
         return [step.index(2) for step in steps]
 
