@@ -26,7 +26,6 @@ from data import prepare as passes
 from data.corpus import check_meta, file_sha256, read_meta
 from data.documents import local_files
 from data.openwebtext import prepare as openwebtext
-from data.placement import lay_out
 from data.prepare import Job, is_prepared
 from data.sotu import prepare as sotu
 from data.tokenizer import gpt2_encoding
@@ -95,33 +94,6 @@ def run(*args: object, corpus: str = "openwebtext", returncode: int = 0, **optio
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "_PART_BYTES", 1)
     monkeypatch.setattr(placement, "_BLOCK", 17)
-
-
-@pytest.mark.parametrize("fraction", [0.0005, 0.001, 0.07, 0.1, 1 / 3, 0.5])
-@pytest.mark.parametrize("n", [2, 3, 1999, 2000, 2001, 12_345])
-def test_split_and_order_are_those_of_datasets(n: int, fraction: float) -> None:
-    numbers = datasets.Dataset.from_dict({"i": list(range(n))})
-    splits = numbers.train_test_split(test_size=fraction, seed=2357, shuffle=True)
-    starts, n_val, n_val_tokens = lay_out(np.ones(n, np.uint32), fraction)  # one token each: the start is the rank
-    assert n_val_tokens == n_val == len(splits["test"])
-    assert np.argsort(starts).tolist() == [*splits["test"]["i"], *splits["train"]["i"]]
-
-
-@pytest.mark.parametrize("n", [2, 9, 10, 30, 31, 1000, 50_000])
-@pytest.mark.parametrize("longest", [1, 50, 30_000])
-def test_validation_holds_20000_tokens_within_bounds(n: int, longest: int) -> None:
-    lengths = np.random.default_rng(n).integers(1, longest + 1, n).astype(np.uint32)
-    _, n_val, n_val_tokens = lay_out(lengths, None)
-    least, most = math.ceil(0.0005 * n), max(1, n // 10)
-    shuffled = lengths[np.random.default_rng(2357).permutation(n)]
-    fewest = next((i + 1 for i, total in enumerate(np.cumsum(shuffled)) if total >= 20_000), n)
-    assert n_val == min(max(fewest, least), most)
-    assert n_val_tokens == shuffled[:n_val].sum()
-
-
-def test_a_fraction_leaves_a_document_to_train_on() -> None:
-    with pytest.raises(ValueError, match=r"--val-fraction 0\.9 of 2 documents leaves none to train on"):
-        lay_out(np.ones(2, np.uint32), 0.9)
 
 
 @pytest.mark.parametrize(("gigatoken", "num_proc", "fraction"), [(True, 1, 0.0005), (True, 3, 0.2), (False, 2, 0.0005)])
@@ -201,12 +173,6 @@ def test_meta_json_tells_counts_hashes_and_share(tmp_path: Path) -> None:
     before = file.stat().st_ino
     assert "there already" in run("--input", "*.jsonl", "--out", "mine", cwd=tmp_path)
     assert file.stat().st_ino == before
-    run("--input", "*.jsonl", "--out", "mine", "--val-fraction", 0.1, cwd=tmp_path)
-    assert file.stat().st_ino != before
-    for options in ((), ("--val-fraction", 0.1)):
-        assert "there already" in run("--input", "*.jsonl", "--out", "mine", *options, cwd=tmp_path)
-    run("--input", "*.jsonl", "--out", "mine", "--val-fraction", 0.3, cwd=tmp_path)
-    assert read_meta(tmp_path / "mine").val.documents == 15  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_a_changed_corpus_is_prepared_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +199,16 @@ def test_folders_of_older_versions_stay(tmp_path: Path) -> None:
     assert is_prepared(job(path, val_fraction=None), out)
     assert is_prepared(job(path), out)
     assert not is_prepared(job(path, val_fraction=0.1), out)
+
+
+def test_another_fraction_prepares_the_folder_again(tmp_path: Path) -> None:
+    path, out = jsonl(tmp_path / "a.jsonl", texts(50)), tmp_path / "out"
+    for fraction in (None, 0.1, 0.3):
+        assert not is_prepared(job(path, val_fraction=fraction), out)
+        prepare(path, out, val_fraction=fraction)
+        assert is_prepared(job(path, val_fraction=fraction), out)
+        assert is_prepared(job(path, val_fraction=None), out)
+    assert prepared(out) == nanogpt(texts(50), 0.3)
 
 
 class Killed(BaseException):
