@@ -54,14 +54,14 @@ def exchange_a_period(dp: DecentDP, load: Callable[[], object] = lambda: None) -
 def hidden(dp: DecentDP, exchange_s: float, rounds: int) -> Result:
     """Return the share of an exchange that takes no time beside a load as long as itself: a matmul loop, a sleep."""
     a = torch.randn(256, 256)
-    matmul_s = statistics.median(alternate({"matmul": lambda: a @ a}, 50)["matmul"])
+    matmul_s = statistics.median(alternate({"matmul": lambda: torch.mm(a, a)}, 50)["matmul"])
     plan: list[Any] = [exchange_s, math.ceil(exchange_s / matmul_s)]
     dist.broadcast_object_list(plan)  # rank 0's on all ranks
     exchange_s, n_matmuls = plan
 
     def multiply() -> None:
         for _ in range(n_matmuls):
-            a @ a
+            torch.mm(a, a)
 
     shares: Result = {}
     loads: Arms = {"matmul": multiply, "sleep": functools.partial(time.sleep, exchange_s)}
