@@ -40,19 +40,23 @@ class Row(NamedTuple):
 class Scalars(NamedTuple):
     """Numbers of one step: floats, or tensors without dimensions, which torch.compile does not compile in."""
 
-    decay: Any  # 1 - lr*wd
-    share: Any  # 1/s
-    beta1: Any
-    beta2: Any
-    new1: Any  # 1 - b1
-    new2: Any  # 1 - b2
-    eps: Any
-    step_size: Any  # lr / (1 - b1^k)
-    correction2: Any  # sqrt(1 - b2^k)
+    decay: float | Tensor  # 1 - lr*wd
+    share: float | Tensor  # 1/s
+    beta1: float | Tensor
+    beta2: float | Tensor
+    new1: float | Tensor  # 1 - b1
+    new2: float | Tensor  # 1 - b2
+    eps: float | Tensor
+    step_size: float | Tensor  # lr / (1 - b1^k)
+    correction2: float | Tensor  # sqrt(1 - b2^k)
 
 
 def accum_adamw_(row: Row, x: Scalars, *, ends_window: bool) -> None:
-    """Make one step of AccumAdamW in place. In float32, compiled and eager differ only by MKL's rounding of sqrt."""
+    """Make one step of AccumAdamW in place.
+
+    Observed in float32 on a CPU: compiled and eager moments have the same bits; parameters differ in the last bits,
+    since eager sqrt was not correctly rounded in a fifth of the elements.
+    """
     p, grad, exp_avg, exp_avg_sq, accum_grad = row
     p.mul_(x.decay)
     accum_grad.add_(x.share * grad)
@@ -97,12 +101,8 @@ class AccumAdamW(Optimizer):
         return {**super().__getstate__(), "_compile": self._compile}  # Optimizer names what it copies
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Make one step on every parameter that has a gradient. Return the closure's loss, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Make one step on every parameter that has a gradient."""
         for group in self.param_groups:
             by_step: dict[int, list[Row]] = defaultdict(list)  # parameters that were skipped before lag behind
             for p in group["params"]:
@@ -113,7 +113,6 @@ class AccumAdamW(Optimizer):
             for step, rows in by_step.items():
                 ends_window = step % group["accum_steps"] == 0
                 _update_(rows, _scalars(group, step), ends_window=ends_window, compile=self._compile)
-        return loss
 
     def _advance(self, p: Tensor) -> dict[str, Any]:
         """Return the state of p, whose step now counts the coming step, from 1."""

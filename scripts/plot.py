@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_KEYS = ("val_loss", "train_loss", "total_train_time_s")  # of an evaluation, besides its step
+
 
 @dataclass(frozen=True)
 class Run:
@@ -22,7 +24,7 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 after one line on stderr that says what is wrong."""
+    """Return the exit code: 0, or 2 after one line on stderr that says what is wrong."""
     args = parse_args(argv)
     out = Path(args.out or Path(args.runs[0]) / "loss.png")
     try:
@@ -43,7 +45,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_run(directory: Path) -> Run:
-    """What a run directory says about its losses.
+    """Return the label and the losses of a run directory.
 
     Raises:
         ValueError: a file is missing, broken or empty.
@@ -56,7 +58,7 @@ def read_run(directory: Path) -> Run:
 
 
 def _read_arm(path: Path) -> str:
-    """Backend, topology and optimizer, as in "decentdp, exp, accumadamw"."""
+    """Return backend, topology and optimizer, as in "decentdp, exp, accumadamw"."""
     import tomli
 
     try:
@@ -80,18 +82,15 @@ def _read_evaluations(path: Path) -> list[dict[str, Any]]:
             by_step[values["step"]] = values
         except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines) and not line.endswith("\n"):
-                break  # the run is writing it, or was stopped while it did
+                break  # half a line: the run is writing it, or was stopped while it wrote
             raise ValueError(f"{path}: line {number} is not an evaluation ({type(error).__name__}: {error})") from None
     if not by_step:
         raise ValueError(f"{path}: holds no evaluation yet")
     return [by_step[step] for step in sorted(by_step)]
 
 
-_KEYS = ("val_loss", "train_loss", "total_train_time_s")
-
-
 def draw(runs: list[Run], x: str, out: Path) -> None:
-    """Writes the image: a colour per run, the validation loss solid and the training loss dashed."""
+    """Write the image: a colour per run, the validation loss solid and the training loss dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,7 +130,7 @@ def draw(runs: list[Run], x: str, out: Path) -> None:
 
 
 def _x_axis(runs: list[Run], x: str) -> tuple[str, str, float]:
-    """Key of the evaluations, label of the axis, and what to divide the values by."""
+    """Return the key of the evaluations, the label of the axis, and the divisor of the values."""
     if x == "step":
         return "step", "Step", 1
     longest = max(run.evaluations[-1]["total_train_time_s"] for run in runs)
@@ -149,7 +148,7 @@ def _with_margin(values: list[float]) -> tuple[float, float]:
 
 
 def _annotate(ax: "Axes", ends: list[tuple[float, str]]) -> None:
-    """Writes the last value of every line right of the plot at its height, moved up where it would cover another."""
+    """Write the last value of every line right of the plot at its height, moved up where it would cover another."""
     below = -math.inf  # points
     for loss, colour in sorted(end for end in ends if math.isfinite(end[0])):
         height = ax.transData.transform((0, loss))[1] * 72 / ax.figure.dpi

@@ -27,7 +27,7 @@ This page is printed from `config.py` by `python scripts/print_configuration.py`
 
 
 def rows(section: Section, properties: dict[str, Any], definitions: dict[str, Any], table: str = "") -> Iterator[str]:
-    """Yield the rows of a table's own keys, then those of the tables in it."""
+    """Yield the rows of a table's own keys, then the rows of the tables in it."""
     tables = {key: value for key in properties if isinstance(value := getattr(section, key), Section)}
     for key, schema in properties.items():
         if key not in tables:

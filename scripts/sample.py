@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 2 after one line on stderr that says what is wrong."""
+    """Return the exit code: 0, or 2 after one line on stderr that says what is wrong."""
     args = parse_args(argv)
     try:
         print(sample(args))
@@ -32,16 +32,16 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a best_model.pth that train.py wrote")
-    parser.add_argument("--prompt", default="", help="what the text starts with; default: nothing, a new document")
+    parser.add_argument("--prompt", default="", help="start of the text; default: nothing, a new document")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to write after the prompt (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the most likely token (%(default)s)")
     parser.add_argument("--top-k", type=int, default=200, help="sample among the k most likely tokens (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of the sampling (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the sampling (%(default)s)")
     return parser.parse_args(argv)
 
 
 def sample(args: argparse.Namespace) -> str:
-    """The prompt and its continuation.
+    """Return the prompt and its continuation.
 
     Raises:
         ValueError: the file holds no model of GPT-2 tokens, an argument is out of its range, or no wheel of GPT-2's
@@ -70,7 +70,7 @@ def sample(args: argparse.Namespace) -> str:
 
 
 def load_model(path: str) -> "GPT":
-    """The model in a best_model.pth, on the CPU and in evaluation mode.
+    """Return the model in a best_model.pth, on the CPU and in evaluation mode.
 
     Raises:
         ValueError: there is no such file, or train.py did not write it.
@@ -92,7 +92,7 @@ def load_model(path: str) -> "GPT":
         raise ValueError(
             f"{path}: not a best_model.pth of train.py (broken, or more than tensors and numbers)"
         ) from None
-    except Exception as error:  # any there is: the bytes of a broken file are instructions to the unpickler
+    except Exception as error:  # of any class: the bytes of a broken file are instructions to the unpickler
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path}: not a best_model.pth of train.py ({reason})") from None
     return model.eval()

@@ -5,12 +5,13 @@ import itertools
 import tempfile
 from pathlib import Path
 
-from scripts.benchmarks.gpt import add_gpt_arguments, build_gpt
+import torch
+
+from config import Config
+from decent import Checkpoints, DecentDP, World
+from optim import AccumAdamW
+from scripts.benchmarks.gpt import build_gpt, training_step
 from scripts.benchmarks.timing import Arms, Result, alternate, compare
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_gpt_arguments(parser, n_layers=6, n_embd=320, vocab_size=8_000)
 
 
 def measure(args: argparse.Namespace) -> list[Result]:
@@ -18,25 +19,12 @@ def measure(args: argparse.Namespace) -> list[Result]:
 
     Between two saves the files are waited for, which is not measured.
     """
-    import torch
-
-    from config import Config
-    from decent import Checkpoints, DecentDP, World
-    from optim import AccumAdamW
-
     world = World.from_env()
     with world.connected(), tempfile.TemporaryDirectory() as folder:
         gpt = build_gpt(args).to(world.device)
         model, optimizer = DecentDP(gpt, "complete", local_world_size=1), AccumAdamW(gpt.parameters())
         tokens = torch.randint(args.vocab_size, (8, args.context_length), device=world.device)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            model(tokens, tokens)[1].backward()
-            model.mix()
-            optimizer.step()
-            model.exchange()
-
+        step = training_step(gpt, model, optimizer, tokens)
         step()
         checkpoints = Checkpoints(Path(folder), world, model, {"optimizer": optimizer}, Config())
         state = [*gpt.parameters(), *(t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))]

@@ -1,24 +1,33 @@
-"""The GPT that benchmarks train, with its options."""
+"""The GPT that benchmarks train, and a training step."""
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from scripts.lab.options import whole
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from model import GPT
-
-
-def add_gpt_arguments(parser: argparse.ArgumentParser, *, n_layers: int, n_embd: int, vocab_size: int) -> None:
-    parser.add_argument("--n-layers", type=whole(1), default=n_layers)
-    parser.add_argument("--n-embd", type=whole(4, step=4), default=n_embd, help="a multiple of 4")
-    parser.add_argument("--vocab-size", type=whole(1, 2**16), default=vocab_size)
-    parser.add_argument("--context-length", type=whole(16), default=128)  # the model of small tensors reads 16
+from config import ModelConfig
+from decent import DecentDP
+from model import GPT
 
 
-def build_gpt(args: argparse.Namespace) -> "GPT":
-    from config import ModelConfig
-    from model import GPT
-
+def build_gpt(args: argparse.Namespace) -> GPT:
     cfg = ModelConfig(n_layers=args.n_layers, n_heads=4, n_embd=args.n_embd, vocab_size=args.vocab_size)
     return GPT(cfg, args.context_length)
+
+
+def training_step(model: nn.Module, dp: DecentDP | None, optimizer: Optimizer, tokens: Tensor) -> Callable[[], None]:
+    """Return a function that takes one step on `tokens`, (B, T) int64. None means without DecentDP."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (dp or model)(tokens, tokens)[1].backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        if dp is not None:
+            dp.mix()
+        optimizer.step()
+        if dp is not None:
+            dp.exchange()
+
+    return step

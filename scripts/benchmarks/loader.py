@@ -11,37 +11,25 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from scripts.benchmarks.timing import Arms, Result, alternate, compare, median_ratio, pss_bytes, repeat
-from scripts.benchmarks.workers import run_in_workers
-from scripts.lab.options import MAX_PROCESSES, InputError, whole
-
-if TYPE_CHECKING:
-    import torch
+from config import load_config
+from data.loader import TokenDataset
+from decent import World
+from scripts.benchmarks.timing import Arms, Result, alternate, compare, median_ratio, pss_bytes, run_in_workers
+from scripts.lab.options import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "config/quickstart.toml"
 ROWS, GLOBAL_BATCH_SIZE, CONTEXT_LENGTH = 30, 480, 1024  # shape of a worker's batch in config/gpt2-small.toml
-BATCHES = 100  # length of a block
 VOCAB_SIZE = 50_304
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tokens", type=whole(CONTEXT_LENGTH + 1), default=120_000_000, help="tokens in the file, 2 bytes each"
-    )
-    parser.add_argument("--workers", type=whole(1, MAX_PROCESSES), default=4)
-    parser.add_argument(
-        "--steps", type=whole(0), default=40, help="training steps with config/quickstart.toml; 0: no training"
-    )
-
-
 def measure(args: argparse.Namespace) -> list[Result]:
-    from config import load_config
-
     batch_size = load_config(QUICKSTART).train.global_batch_size
     if args.steps and batch_size % args.workers:
         raise InputError(
@@ -65,30 +53,27 @@ def write_random(path: Path, n_tokens: int) -> None:
 
 def batches(folder: Path, rounds: int) -> list[Result]:
     """Return ms per batch of x and y, each (ROWS, CONTEXT_LENGTH) int64 on the CPU."""
-    from data.loader import TokenDataset
-
     base = "nanoGPT get_batch"
     steps = itertools.count()
-    arms: Arms = {base: functools.partial(repeat, functools.partial(nanogpt_get_batch, folder / "train.bin"), BATCHES)}
+    arms: Arms = {base: functools.partial(nanogpt_get_batch, folder / "train.bin")}
     for name, in_memory in (("memmap", False), ("in_memory", True)):
         dataset = TokenDataset(folder, CONTEXT_LENGTH, 42, in_memory, vocab_size=VOCAB_SIZE)
 
         def batch(dataset: TokenDataset = dataset) -> None:
             dataset.batch("train", next(steps), slice(ROWS), GLOBAL_BATCH_SIZE)
 
-        repeat(batch, 3000)  # until the process has mapped most of the pages that it will
-        arms[name] = functools.partial(repeat, batch, BATCHES)
-    times_s = alternate(arms, rounds)
-    rows = compare(times_s, base=base, per=BATCHES)
+        for _ in range(3000):  # until the process has mapped most of the pages that it will
+            batch()
+        arms[name] = batch
+    times_s = alternate(arms, rounds, per_block=100)
+    rows = compare(times_s, base=base)
     for row in rows:
         row["times as fast"] = round(median_ratio(times_s[base], times_s[str(row["arm"])]), 1)
     return rows
 
 
-def nanogpt_get_batch(path: Path) -> "tuple[torch.Tensor, torch.Tensor]":
+def nanogpt_get_batch(path: Path) -> tuple[Tensor, Tensor]:
     """Return a batch as nanoGPT's train.py makes it: maps the file for each batch, and copies row by row."""
-    import torch
-
     data = np.memmap(path, dtype=np.uint16, mode="r")
     starts = torch.randint(len(data) - CONTEXT_LENGTH, (ROWS,))
     x = torch.stack([torch.from_numpy(data[i : i + CONTEXT_LENGTH].astype(np.int64)) for i in starts])
@@ -108,13 +93,8 @@ def shared_memory(folder: Path, n_workers: int) -> Result:
     }
 
 
-def _hold_corpus(rank: int, n_workers: int, folder: Path) -> int:
+def _hold_corpus(folder: Path) -> int:
     """Return by how many bytes the memory of all workers grew. A page that n processes share counts 1/n in each."""
-    import torch
-    import torch.distributed as dist
-
-    from data.loader import TokenDataset
-    from decent import World
 
     def all_held_bytes() -> int:
         dist.barrier()  # libraries that a worker still loads would be shared, and take from the others' share
@@ -122,6 +102,7 @@ def _hold_corpus(rank: int, n_workers: int, folder: Path) -> int:
         dist.all_reduce(held_bytes)
         return int(held_bytes)
 
+    rank, n_workers = dist.get_rank(), dist.get_world_size()
     np.arange(2**20).max()  # numpy keeps memory after its first use
     all_held_bytes()  # as does gloo
     before_bytes = all_held_bytes()

@@ -2,15 +2,13 @@
 
 Each run is a fresh process with fresh caches of the data sets; the text itself is in the page cache for all. Memory is
 measured in a run of its own: the sum over all its processes of the proportional set size, in which a shared page counts
-once. The last two arms are bounds: the calls of a tokenizer alone, with the documents in memory and no output.
+once.
 """
 
 import argparse
 import contextlib
-import gzip
 import hashlib
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -21,46 +19,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.sotu.prepare import read_addresses
 from scripts.benchmarks.timing import Result, median_ratio, print_table, pss_bytes
-from scripts.lab.options import MAX_PROCESSES, InputError, at_least, whole
+from scripts.lab.options import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-PREPARE = str(ROOT / "data/openwebtext/prepare.py")
 NANOGPT = "nanoGPT"
-TOKENIZERS = ("tiktoken", "gigatoken")
 N_FILES = 8  # so that several processes have work of their own
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--input",
-        type=_text_file,
-        help="a .jsonl or .parquet file with a column text; default: built from the addresses of data/sotu and the "
-        "sources and documentation of Python's packages on this machine",
-    )
-    parser.add_argument(
-        "--megabytes",
-        type=at_least(0.001),
-        default=250.0,
-        help=f"size of the text that is built, in {N_FILES} files (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--document-bytes",
-        type=whole(1),
-        default=1400,
-        help="approximate size of its documents: longer texts are cut between lines (default: %(default)s; nanoGPT's "
-        "time goes by documents as well, ours by bytes; OpenWebText's have 5000)",
-    )
-    parser.add_argument(
-        "--num-proc", type=whole(1, MAX_PROCESSES), default=2, help="processes of our arms; nanoGPT's has 2"
-    )
-    parser.set_defaults(rounds=3)
-
-
-def _text_file(text: str) -> Path:
-    if not text.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        raise argparse.ArgumentTypeError(f"{text} does not end in .jsonl or .parquet")
-    return Path(text)
 
 
 def measure(args: argparse.Namespace) -> list[Result]:
@@ -76,33 +41,30 @@ def measure(args: argparse.Namespace) -> list[Result]:
         else:
             texts = write_corpus(Path(folder), n_bytes=round(args.megabytes * 1e6), document_bytes=args.document_bytes)
         commands = {NANOGPT: ["-m", "scripts.benchmarks.nanogpt", *texts]}
-        for tokenizer in TOKENIZERS:
+        for tokenizer in ("tiktoken", "gigatoken"):
             options = [f"--num-proc={args.num_proc}", f"--tokenizer={tokenizer}", "--val-fraction=0.0005"]
-            commands[f"ours, {tokenizer}"] = [PREPARE, *(f"--input={text}" for text in texts), *options]
+            ours = [str(ROOT / "data/openwebtext/prepare.py"), *(f"--input={text}" for text in texts), *options]
+            commands[f"ours, {tokenizer}"] = ours
         # Ours first, for it says what is wrong with a text.
         peaks_bytes = {arm: run(commands[arm], measure_memory=True)[1] for arm in reversed(commands)}
         print(f"{args.input or 'the text'}: {sum(os.path.getsize(text) for text in texts) / 1e6:.1f} MB")
-        documents = [document for text in texts for document in read_documents(text)]
-        times_s: dict[str, list[float]] = {}
+        times_s: dict[str, list[float]] = {arm: [] for arm in commands}
         hashes: dict[str, str] = {}
         for _ in range(args.rounds):
             for arm, command in commands.items():
                 seconds, _, hashes[arm] = run(command)
-                times_s.setdefault(arm, []).append(seconds)
-            for tokenizer in TOKENIZERS:
-                times_s.setdefault(f"{tokenizer}'s calls", []).append(calls_s(tokenizer, documents, args.num_proc))
+                times_s[arm].append(seconds)
     rows: list[Result] = [
         {
             "arm": arm,
             "median s": round(statistics.median(times), 3),
             "fastest s": round(min(times), 3),
             "times as fast": round(median_ratio(times_s[NANOGPT], times), 2),
+            "peak MB": round(peaks_bytes[arm] / 1e6),
+            "SHA-256 of train.bin, val.bin": hashes[arm],
         }
         for arm, times in times_s.items()
     ]
-    for row in rows[: len(commands)]:  # the others are bounds
-        arm = str(row["arm"])
-        row |= {"peak MB": round(peaks_bytes[arm] / 1e6), "SHA-256 of train.bin, val.bin": hashes[arm]}
     if len(set(hashes.values())) > 1:
         print_table(rows)
         raise SystemExit("error: the outputs differ")
@@ -117,15 +79,11 @@ def run(command: list[str], *, measure_memory: bool = False) -> tuple[float, int
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         environment = os.environ | {"HF_HOME": folder, "HF_DATASETS_CACHE": f"{folder}/datasets", "HF_HUB_OFFLINE": "1"}
+        whole_command = [sys.executable, *command, "--out", str(out)]
         with open(Path(folder) / "log", "w+") as log:
             start_s = time.perf_counter()
             process = subprocess.Popen(
-                [sys.executable, *command, "--out", str(out)],
-                stdout=log,
-                stderr=log,
-                cwd=ROOT,
-                env=environment,
-                start_new_session=True,
+                whole_command, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
             )
             peak_bytes = peak_of_session(process) if measure_memory else 0
             code = process.wait()
@@ -144,50 +102,14 @@ def peak_of_session(process: subprocess.Popen[bytes]) -> int:
     """Return the most memory that the processes of a session have together until its first one ends."""
     peak_bytes = 0
     while process.poll() is None:
-        peak_bytes = max(peak_bytes, sum(map(pss_bytes, pids_of_session(process.pid))))
+        held_bytes = 0
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(ProcessLookupError):  # the process has ended meanwhile
+                if os.getsid(int(folder.name)) == process.pid:
+                    held_bytes += pss_bytes(folder.name)
+        peak_bytes = max(peak_bytes, held_bytes)
         time.sleep(0.01)
     return peak_bytes
-
-
-def pids_of_session(session: int) -> Iterator[int]:
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-        except OSError:  # the process has ended meanwhile
-            continue
-        if int(fields[3]) == session:
-            yield int(folder.name)
-
-
-def read_documents(text: str) -> list[str]:
-    if text.endswith(".parquet"):
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(text, columns=["text"])["text"].to_pylist()
-    with (gzip.open if text.endswith(".gz") else open)(text, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
-
-
-def calls_s(tokenizer: str, documents: list[str], num_proc: int) -> float:
-    """Return the seconds in which n processes encode all documents."""
-    from data.tokenizer import encode_with_tiktoken, gigatoken_encoder
-
-    encode = gigatoken_encoder() if tokenizer == "gigatoken" else encode_with_tiktoken
-
-    def encode_share(first: int) -> None:
-        for document in documents[first::num_proc]:
-            encode(document)
-
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=encode_share, args=(first,)) for first in range(num_proc)]
-    start_s = time.perf_counter()
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"error: a process that calls {tokenizer} ended with {process.exitcode}")
-    return time.perf_counter() - start_s
 
 
 def write_corpus(folder: Path, *, n_bytes: int, document_bytes: int) -> list[str]:
@@ -196,29 +118,26 @@ def write_corpus(folder: Path, *, n_bytes: int, document_bytes: int) -> list[str
     Raises:
         InputError: this machine has less text.
     """
-    seen: set[bytes] = set()
-    n_written = 0
-    paths = [folder / f"{i}.jsonl" for i in range(N_FILES)]
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(path, "w")) for path in paths]
-        for document in (part for text in _texts() for part in _cut(text, document_bytes)):
-            data = document.encode("utf-8")
-            digest = hashlib.sha256(data).digest()
-            if digest in seen:
-                continue
-            files[len(seen) % N_FILES].write(json.dumps({"text": document}) + "\n")
-            seen.add(digest)
-            n_written += len(data)
-            if n_written >= n_bytes and len(seen) > 1:  # one for each split
-                return [str(path) for path in paths[: len(seen)]]
-    raise InputError(
-        f"--megabytes {n_bytes / 1e6:g}: this machine has {n_written / 1e6:.0f}: ask for less, or give --input"
-    )
+    documents: dict[str, None] = {}  # a set in the order of insertion
+    n_found = 0
+    for document in (part for text in _texts() for part in _cut(text, document_bytes)):
+        if document not in documents:
+            documents[document] = None
+            n_found += len(document.encode())
+        if n_found >= n_bytes and len(documents) > 1:  # one for each split
+            break
+    else:
+        raise InputError(
+            f"--megabytes {n_bytes / 1e6:g}: this machine has {n_found / 1e6:.0f}: ask for less, or give --input"
+        )
+    lines = [json.dumps({"text": document}) + "\n" for document in documents]
+    paths = [folder / f"{i}.jsonl" for i in range(min(N_FILES, len(lines)))]
+    for i, path in enumerate(paths):
+        path.write_text("".join(lines[i::N_FILES]))
+    return [str(path) for path in paths]
 
 
 def _texts() -> Iterator[str]:
-    from data.sotu.prepare import read_addresses
-
     for texts in read_addresses().values():
         yield from texts
     for place in ("purelib", "stdlib"):

@@ -30,26 +30,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is dep
 
 @pytest.fixture(params=[True, False], ids=["compiled", "eager"])
 def compile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Also for the small tensors of a test."""
+    """Whether to compile; small tensors too are compiled, and cut into pieces."""
     monkeypatch.setattr(accum_adamw, "COMPILE_MIN_NUMEL", 1)
+    monkeypatch.setattr(accum_adamw, "PIECE_NUMEL", 3)
     return request.param
 
 
-def reference(
-    p: np.ndarray,
-    grads: list[np.ndarray],
-    lrs: list[float],
-    betas: tuple[float, float] = (0.9, 0.98),
-    eps: float = 1e-8,
-    wd: float = 0.1,
-    s: int = 8,
-) -> list[np.ndarray]:
-    """One parameter after each step in float64, written from the formula."""
-    b1, b2 = betas
-    p = p.astype(np.float64)
+def reference(run: dict[str, Any], i: int) -> np.ndarray:
+    """Parameter i after each step in float64, written from the formula."""
+    (b1, b2), eps, wd, s = run["betas"], run["eps"], run["wd"], run["s"]
+    p = run["params"][i]
+    m = v = a = np.zeros_like(p)
     path = []
-    m, v, a = (np.zeros_like(p) for _ in range(3))
-    for t, (g, lr) in enumerate(zip(grads, lrs, strict=True), start=1):
+    for t, (grads, lr) in enumerate(zip(run["grads"], run["lrs"], strict=True), start=1):
+        g = grads[i]
         k = math.ceil(t / s)
         p = p * (1 - lr * wd)
         a = a + g / s
@@ -59,7 +53,7 @@ def reference(
         if t % s == 0:
             m, v, a = b1 * m + (1 - b1) * a, b2 * v + (1 - b2) * a * a, np.zeros_like(p)
         path.append(p)
-    return path
+    return np.array(path)
 
 
 def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], grads: list[list[Tensor]]) -> None:
@@ -71,12 +65,12 @@ def train(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], grads: l
 
 @st.composite
 def runs(draw: st.DrawFn) -> dict[str, Any]:
-    shapes = draw(st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=3))
+    shapes = draw(st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=10))  # more than ROWS_PER_CALL
     n_steps = draw(st.integers(1, 11))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     return {
-        "params": [rng.normal(size=shape) for shape in shapes],
-        "grads": [[rng.normal(size=shape) for shape in shapes] for _ in range(n_steps)],
+        "params": [np.array(rng.normal(size=shape)) for shape in shapes],
+        "grads": [[np.array(rng.normal(size=shape)) for shape in shapes] for _ in range(n_steps)],
         "lrs": rng.uniform(0, 0.1, size=n_steps).tolist(),
         "betas": (draw(st.sampled_from([0.0, 0.5, 0.9])), draw(st.sampled_from([0.0, 0.95, 0.98]))),
         "eps": draw(st.sampled_from([1e-8, 1e-3])),
@@ -99,16 +93,17 @@ def test_equals_the_formula_in_every_element(
     for lr, grads in zip(run["lrs"], run["grads"], strict=True):
         optimizer.param_groups[0]["lr"] = lr
         train(optimizer, params, [[torch.tensor(g, dtype=dtype) for g in grads]])
-    for i, (p, start) in enumerate(zip(params, run["params"], strict=True)):
-        grads = [grads_of_step[i].astype(np.float64) for grads_of_step in run["grads"]]
-        path = reference(start, grads, run["lrs"], run["betas"], run["eps"], run["wd"], run["s"])
+    for i, p in enumerate(params):
+        path = reference(run, i)
         largest = max(1, np.abs(path).max())  # by a tiny gradient with beta2 = 0; a later step may come back from there
         np.testing.assert_allclose(p.detach().numpy(), path[-1], rtol=rtol, atol=atol * largest)
+        np.testing.assert_array_equal(p.grad, torch.tensor(run["grads"][-1][i], dtype=dtype))  # it is only read
 
 
-def normal_run(n_steps: int, dtype: torch.dtype = torch.float64) -> tuple[list[nn.Parameter], list[list[Tensor]]]:
+def normal_run(
+    n_steps: int, dtype: torch.dtype = torch.float64, shapes: tuple[tuple[int, ...], ...] = ((3, 2), (5,), ())
+) -> tuple[list[nn.Parameter], list[list[Tensor]]]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 2), (5,), ()]
     params = [nn.Parameter(torch.randn(shape, dtype=dtype, generator=generator)) for shape in shapes]
     grads = [[torch.randn(shape, dtype=dtype, generator=generator) for shape in shapes] for _ in range(n_steps)]
     return params, grads
@@ -153,25 +148,6 @@ def test_a_checkpoint_has_this_format(compile: bool) -> None:
     }
 
 
-def test_parameters_move_in_every_step_and_moments_once_a_window(compile: bool) -> None:
-    params, grads = normal_run(9)
-    optimizer = AccumAdamW(params, accum_steps=3, compile=compile)
-    for step, grads_of_step in enumerate(grads, start=1):
-        before = [(p.detach().clone(), optimizer.state[p].get("exp_avg", torch.zeros_like(p)).clone()) for p in params]
-        train(optimizer, params, [grads_of_step])
-        for p, (old_p, old_exp_avg) in zip(params, before, strict=True):
-            assert not torch.equal(p, old_p)
-            assert torch.equal(optimizer.state[p]["exp_avg"], old_exp_avg) == (step % 3 != 0)
-
-
-def test_gradients_are_only_read(compile: bool) -> None:
-    params, grads = normal_run(1)
-    train(AccumAdamW(params, accum_steps=1, compile=compile), params, grads)
-    for p, g in zip(params, grads[0], strict=True):
-        assert p.grad is not None
-        assert torch.equal(p.grad, g)
-
-
 def test_a_save_inside_a_window_is_continued_bit_by_bit(compile: bool) -> None:
     params, grads = normal_run(11, torch.float32)
     optimizer = AccumAdamW(params, accum_steps=3, compile=compile)
@@ -188,22 +164,15 @@ def test_a_save_inside_a_window_is_continued_bit_by_bit(compile: bool) -> None:
 
 
 def test_a_parameter_that_joins_late_starts_its_own_window(compile: bool) -> None:
-    params, grads = normal_run(5)
-    late = params[0]
+    (late, other, _), grads = normal_run(5)
     alone = nn.Parameter(late.detach().clone())
-    optimizer = AccumAdamW(params, accum_steps=2, compile=compile)
-    for step, grads_of_step in enumerate(grads):
-        for p, g in zip(params, grads_of_step, strict=True):
-            p.grad = None if p is late and step == 0 else g
-        optimizer.step()
-        if step == 0:
-            assert torch.equal(late, alone)
-            assert late not in optimizer.state
-    train(
-        AccumAdamW([alone], accum_steps=2, compile=compile),
-        [alone],
-        [[grads_of_step[0]] for grads_of_step in grads[1:]],
-    )
+    optimizer = AccumAdamW([late, other], accum_steps=2, compile=compile)
+    other.grad = grads[0][1]
+    optimizer.step()
+    assert torch.equal(late, alone)
+    assert late not in optimizer.state
+    train(optimizer, [late, other], [grads_of_step[:2] for grads_of_step in grads[1:]])
+    train(AccumAdamW([alone], accum_steps=2, compile=compile), [alone], [g[:1] for g in grads[1:]])
     assert torch.equal(late, alone)
 
 
@@ -216,75 +185,14 @@ def test_every_group_has_its_own_values() -> None:
     assert torch.equal(stays, start[1])
 
 
-def test_parameters_may_be_views_of_one_buffer(compile: bool) -> None:
-    params, grads = normal_run(5)
-    flat = torch.cat([p.detach().flatten() for p in params])
-    views = []
-    for p, chunk in zip(params, flat.split([p.numel() for p in params]), strict=True):
-        views.append(nn.Parameter(torch.empty_like(p)))
-        views[-1].data = chunk.view_as(p)
-    train(AccumAdamW(params, accum_steps=2, compile=compile), params, grads)
-    train(AccumAdamW(views, accum_steps=2, compile=compile), views, grads)
-    assert torch.equal(flat, torch.cat([p.detach().flatten() for p in params]))
-
-
-def test_the_closure_computes_the_gradient_and_its_loss_is_returned() -> None:
-    p = nn.Parameter(torch.tensor([3.0]))
-    optimizer = AccumAdamW([p], lr=0.1, weight_decay=0.0)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = (p**2).sum()
-        loss.backward()
-        return loss
-
-    assert optimizer.step(closure).item() == 9.0
-    assert p.item() == pytest.approx(2.9)  # the first step is lr * sign(g)
-
-
-def test_a_loss_scaler_unscales_and_skips() -> None:
-    p = nn.Parameter(torch.tensor([3.0]))
-    optimizer = AccumAdamW([p], lr=0.1, weight_decay=0.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for factor, expected in [(1.0, 2.9), (math.inf, 2.9)]:
-        optimizer.zero_grad()
-        scaler.scale((p * factor).sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        assert p.item() == pytest.approx(expected)
-    assert optimizer.state[p]["accum_grad"].item() == pytest.approx(1 / 8)
-
-
-# Parameters are of size 1: 9 steps of 0.01 round each element by some 1e-7.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-def test_pieces_and_calls_of_many_tensors_equal_the_formula(
-    compile: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(accum_adamw, "PIECE_NUMEL", 1000)
-    rng = np.random.default_rng(0)
-    shapes = [(71, 43), (5,), (1000,), (1,), (3, 333), (1001,), (), (7,), (2, 2)]  # more than ROWS_PER_CALL
-    starts = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-    grads = [[rng.normal(size=shape).astype(np.float32) for shape in shapes] for _ in range(9)]
-    params = [nn.Parameter(torch.tensor(start, dtype=dtype)) for start in starts]
-    optimizer = AccumAdamW(params, lr=0.01, weight_decay=0.1, accum_steps=4, compile=compile)
-    train(optimizer, params, [[torch.tensor(g, dtype=dtype) for g in grads_of_step] for grads_of_step in grads])
-    for i, p in enumerate(params):
-        of_p = [grads_of_step[i].astype(np.float64) for grads_of_step in grads]
-        expected = reference(starts[i], of_p, [0.01] * len(of_p), s=4)[-1]
-        np.testing.assert_allclose(p.detach().double().numpy(), expected, rtol=tolerance, atol=tolerance)
-
-
 def test_compiled_and_eager_moments_have_the_same_bits() -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(300, 401), (5000,), (7,), ()]
-    start = [torch.randn(shape, generator=generator) for shape in shapes]
-    grads = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(8)]
-    compiled, eager = ([nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    compiled, grads = normal_run(8, torch.float32, ((300, 401), (5000,), (7,), ()))
+    eager = [nn.Parameter(p.detach().clone()) for p in compiled]
     optimizers = AccumAdamW(compiled, accum_steps=3), AccumAdamW(eager, accum_steps=3, compile=False)
     for optimizer, params in zip(optimizers, (compiled, eager), strict=True):
         train(optimizer, params, grads)
     for a, b in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # MKL rounds the root of V otherwise
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # observed: the last bits differ
         for name in ("exp_avg", "exp_avg_sq", "accum_grad"):
             assert torch.equal(optimizers[0].state[a][name], optimizers[1].state[b][name])
 
@@ -301,7 +209,7 @@ def test_non_contiguous_tensors_get_the_same_update(compile: bool) -> None:
         optimizer.step()
     assert not transposed.is_contiguous()
     for p in (transposed, with_transposed_grad):
-        torch.testing.assert_close(p, plain, rtol=1e-6, atol=1e-6)  # the root may be rounded otherwise
+        torch.testing.assert_close(p, plain, rtol=1e-6, atol=1e-6)  # observed: the last bits may differ
 
 
 @pytest.mark.parametrize(("compile", "share"), [(True, 0.001), (False, 0.1)], ids=["compiled", "eager"])
@@ -333,6 +241,7 @@ def test_two_graphs_serve_all_sizes_places_and_steps(monkeypatch: pytest.MonkeyP
         optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
         train(optimizer, params, [[torch.ones_like(p) for p in params]])
     assert graphs["unique_graphs"] - before == 2  # inside a window and at its end
+    assert torch.equal(flat, params[0][0, 0].expand_as(flat))  # all elements had the same gradients
 
 
 def test_a_backward_through_changed_parameters_is_an_error(compile: bool) -> None:
@@ -414,13 +323,9 @@ def test_a_copy_keeps_the_choice() -> None:
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        ("lr", -1e-3),
-        ("lr", math.nan),
-        ("betas", (1.0, 0.98)),
-        ("betas", (0.9, -0.1)),
-        ("eps", -1e-8),
-        ("weight_decay", -0.1),
-        ("accum_steps", 0),
+        *(("lr", lr) for lr in (-1e-3, math.nan)),
+        *(("betas", betas) for betas in ((1.0, 0.98), (0.9, -0.1))),
+        *(("eps", -1e-8), ("weight_decay", -0.1), ("accum_steps", 0)),
     ],
 )
 def test_a_value_out_of_range_is_an_error_that_names_it(argument: str, value: Any) -> None:
