@@ -101,8 +101,12 @@ class AccumAdamW(Optimizer):
         return {**super().__getstate__(), "_compile": self._compile}  # Optimizer names what it copies
 
     @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Make one step on every parameter that has a gradient."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Make one step on every parameter that has a gradient. Return the closure's loss, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             by_step: dict[int, list[Row]] = defaultdict(list)  # parameters that were skipped before lag behind
             for p in group["params"]:
@@ -113,6 +117,7 @@ class AccumAdamW(Optimizer):
             for step, rows in by_step.items():
                 ends_window = step % group["accum_steps"] == 0
                 _update_(rows, _scalars(group, step), ends_window=ends_window, compile=self._compile)
+        return loss
 
     def _advance(self, p: Tensor) -> dict[str, Any]:
         """Return the state of p, whose step now counts the coming step, from 1."""

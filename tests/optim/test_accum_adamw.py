@@ -334,3 +334,30 @@ def test_a_value_out_of_range_is_an_error_that_names_it(argument: str, value: An
         AccumAdamW([p], **{argument: value})
     with pytest.raises(ValueError, match=argument):
         AccumAdamW([{"params": [p], argument: value}])
+
+
+def test_step_returns_the_loss_of_its_closure() -> None:
+    p = nn.Parameter(torch.tensor([3.0]))
+    optimizer = AccumAdamW([p], lr=0.1, weight_decay=0.0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 9.0
+    assert p.item() == pytest.approx(2.9)  # the first step is lr * sign(g)
+
+
+def test_loss_scaler_unscales_and_skips() -> None:
+    p = nn.Parameter(torch.tensor([3.0]))
+    optimizer = AccumAdamW([p], lr=0.1, weight_decay=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor, expected in [(1.0, 2.9), (math.inf, 2.9)]:
+        optimizer.zero_grad()
+        scaler.scale((p * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert p.item() == pytest.approx(expected)
+    assert optimizer.state[p]["accum_grad"].item() == pytest.approx(1 / 8)
