@@ -2,8 +2,8 @@
 # Decentralized data parallel training under SLURM, on 4 nodes x 4 A100. From the root of the repository:
 #   mkdir -p log
 #   sbatch -A PROJECT scripts/d-16xA100.sh $(which torchrun) config/decent-gpt2-small.toml [KEY=VALUE ...]
-# Asks for what 16xA100.sh asks for, under another name, and is the same from there on: backend and topology are in
-# the configuration. alternating-exp-ring needs an even number of nodes.
+# The job has the #SBATCH options of 16xA100.sh under another name, and then runs it: backend and topology are in the
+# configuration. alternating-exp-ring needs an even number of nodes.
 #SBATCH --job-name=d-gpt2-small
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1

@@ -1,6 +1,5 @@
-# Sourced by the other scripts: `use_environment FILE` gives a Python environment with the packages of
-# requirements file FILE. It takes the active virtual or conda environment, else makes .venv; what is
-# installed already is not installed again.
+# Sourced by the other scripts. `use_environment FILE` activates a Python environment with the packages of requirements
+# file FILE: the active virtual or conda environment, else .venv. Nothing is installed twice.
 
 use_environment() {
     if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Tries the two sbatch scripts, unchanged, on a real SLURM which it brings up on this machine and takes down again:
-# five nodes with pretended GPUs, on which a tiny GPT-2 trains on CPUs. Takes a quarter of an hour on two cores. Needs
-# root, the Debian packages slurm-wlm, munge and iproute2, and a machine without GPUs. Arguments go to pytest.
+# Tests the two sbatch scripts, unchanged, on a real SLURM that runs on this machine for the time of the tests: five
+# nodes with declared GPUs, on which a tiny GPT-2 trains on CPUs. Takes a quarter of an hour on two cores. Needs root,
+# the Debian packages slurm-wlm, munge and iproute2, and a machine without GPUs. Arguments go to pytest.
 #   bash scripts/test_slurm.sh
 #   bash scripts/test_slurm.sh -k "time_limit or crash"     # only these; --collect-only names all
 set -euo pipefail

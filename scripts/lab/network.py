@@ -26,9 +26,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TextIO
 
-ADDRESS = "10.88.0.{}"  # every lab has a bridge of its own, so that all can use the same addresses
-FIRST_HOST = 11
-RENDEZVOUS_PORT = 29400
 QUEUE_S = 0.1  # length of a link's queue, as time at its rate
 GRACE_S = 5  # time in which the other nodes can end by themselves once one has failed
 JOIN_TIMEOUT_S = 120  # time in which all nodes must meet
@@ -58,8 +55,7 @@ def _bits_per_s(text: str) -> float:
 def require_root_and_iproute2() -> None:
     if os.geteuid() != 0:
         raise LabError("needs root, to make network namespaces: run it with sudo, or in a privileged container")
-    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
-    if missing:
+    if missing := [tool for tool in ("ip", "tc") if shutil.which(tool) is None]:
         raise LabError(f"{' and '.join(missing)} not found: install iproute2 (apt-get install iproute2)")
 
 
@@ -75,8 +71,7 @@ class Lab:
         self.remove()  # a killed process may have had the same id
         try:
             self._add_namespace(self._switch)
-            _tool("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge", "stp_state", "0")
-            _tool("ip", "-n", self._switch, "link", "set", "br0", "up")
+            _tool("ip", "-n", self._switch, "link", "add", "br0", "up", "type", "bridge", "stp_state", "0")
             for node, rate in enumerate(self.rates):
                 self._add_node(node, rate)
         except BaseException:
@@ -92,11 +87,11 @@ class Lab:
 
     @staticmethod
     def address(node: int) -> str:
-        return ADDRESS.format(FIRST_HOST + node)
+        return f"10.88.0.{11 + node}"  # every lab has a bridge of its own, so that all can use the same addresses
 
     def traffic(self, node: int) -> tuple[int, int]:
         """Return the bytes that the node has sent and received."""
-        link = json.loads(_tool("ip", "-n", self.namespace(node), "-j", "-s", "link", "show", "eth0"))[0]
+        [link] = json.loads(_tool("ip", "-n", self.namespace(node), "-j", "-s", "link", "show", "eth0"))
         return link["stats64"]["tx"]["bytes"], link["stats64"]["rx"]["bytes"]
 
     def remove(self) -> None:
@@ -135,8 +130,8 @@ class Lab:
 
 def _namespaces() -> list[tuple[str, str]]:
     """Return lab id and name of the namespaces of all labs."""
-    names = [line.split()[0] for line in _tool("ip", "netns", "list").splitlines()]
-    return [(match[1], name) for name in names if (match := re.fullmatch(r"nl(\d+)(?:sw|n\d+)", name))]
+    matches = re.finditer(r"^nl(\d+)(?:sw|n\d+)\b", _tool("ip", "netns", "list"), re.MULTILINE)
+    return [(match[1], match[0]) for match in matches]
 
 
 def _pids(namespaces: list[str]) -> list[int]:
@@ -194,7 +189,7 @@ class Launch:
         self._lab, self._script, self._cwd, self._out, self._log_dir = lab, script, cwd, out, log_dir
         self._command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(lab.rates)}"]
         self._command += [f"--nproc_per_node={procs}", "--max-restarts=0", f"--rdzv-id=netlab{lab.id}"]
-        self._command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={lab.address(0)}:{RENDEZVOUS_PORT}"]
+        self._command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={lab.address(0)}:29400"]
         self._env = {
             **os.environ,
             "GLOO_SOCKET_IFNAME": "eth0",
@@ -205,18 +200,15 @@ class Launch:
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns that addresses here have no names
             **(env or {}),
         }
-        self._running: list[subprocess.Popen[str]] = []
-        self._readers: list[threading.Thread] = []
+        self._running: list[tuple[subprocess.Popen[str], threading.Thread]] = []  # with the reader of its output
 
     def __enter__(self) -> "Launch":
         for node in range(len(self._lab.rates)):
             # All namespaces have the same host name, so torchrun cannot see which of them hosts the store.
             host = f"--rdzv-conf=is_host={int(node == 0)},join_timeout={JOIN_TIMEOUT_S}"
+            inside = ["ip", "netns", "exec", self._lab.namespace(node), *self._command, host]
             process = subprocess.Popen(
-                [
-                    *("ip", "netns", "exec", self._lab.namespace(node), *self._command),
-                    *(host, f"--local-addr={self._lab.address(node)}", *self._script),
-                ],
+                [*inside, f"--local-addr={self._lab.address(node)}", *self._script],
                 env=self._env,
                 cwd=self._cwd,
                 text=True,
@@ -225,24 +217,22 @@ class Launch:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches the lab, which ends the workers
             )
-            self._running.append(process)
             reader = threading.Thread(target=self._say, args=(node, process.stdout), daemon=True)
             reader.start()
-            self._readers.append(reader)
+            self._running.append((process, reader))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for process in self._running:
-            if process.poll() is None:
-                process.terminate()
-        for reader in self._readers:
+    def __exit__(self, *exception: object) -> None:
+        for process, _ in self._running:
+            process.terminate()
+        for _, reader in self._running:
             reader.join(timeout=GRACE_S)
 
     def wait(self, timeout_s: float | None) -> int:
         """Return 0, 1 if a node failed, or 124 after a timeout. After a failure the other nodes would wait for ever."""
         deadline = time.monotonic() + (timeout_s or float("inf"))
         end = float("inf")  # of the grace after a failure
-        while None in (codes := [process.poll() for process in self._running]) and time.monotonic() < end:
+        while None in (codes := [process.poll() for process, _ in self._running]) and time.monotonic() < end:
             time.sleep(0.1)
             if any(codes):
                 end = min(end, time.monotonic() + GRACE_S)

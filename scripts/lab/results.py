@@ -67,7 +67,9 @@ def hidden_share(step_ms: float, none_ms: float | None, exchange_ms: float | Non
 def table(scenario: dict[str, Any], settings: dict[str, Any]) -> str:
     """Return the table as Markdown, without the hidden shares if workers also wait for stragglers."""
     straggling = settings["straggler"] > 1
-    rows = [("arm", "ms/step (best)", "x DDP", "exchange alone, ms", "hidden", "MB sent/step/node")]
+    rows: list[tuple[str, ...]] = [
+        ("arm", "ms/step (best)", "x DDP", "exchange alone, ms", "hidden", "MB sent/step/node")
+    ]
     for result in summarize(scenario["arms"]):
         rows.append(
             (

@@ -53,10 +53,8 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
-MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=5,bf_interval=5
 GresTypes=gpu
 SlurmdParameters=config_overrides
@@ -140,24 +138,21 @@ class SlurmLab:
 
     def processes(self, node: str, pattern: str) -> list[str]:
         """Return process id and command line of the processes on a node that match a regular expression."""
-        inside = ["nsenter", f"--target={self._init(node)}", "--pid", "--mount"]
-        lines = _run(*inside, "ps", "-eo", "pid=,args=").splitlines()
+        lines = self._inside(node, "ps", "-eo", "pid=,args=").splitlines()
         return [line.strip() for line in lines if re.search(pattern, line)]
 
     def kill(self, node: str, pid: str) -> None:
-        _run("nsenter", f"--target={self._init(node)}", "--pid", "--mount", "kill", "-KILL", pid)
+        self._inside(node, "kill", "-KILL", pid)
 
     def _check(self) -> None:
         if os.geteuid() != 0:
             raise LabError("needs root, to make hosts of namespaces: run it with sudo, or in a privileged container")
-        missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
-        if missing:
+        if missing := [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]:
             raise LabError(f"{', '.join(missing)} not found: apt-get install slurm-wlm munge iproute2")
         if str(STATE) in _run("pgrep", "-a", "-x", "slurmctld", check=False):
             raise LabError("another cluster of this kind is up: one at a time")
         addresses = _run("ip", "-4", "-o", "addr").splitlines()
-        in_use = [line for line in addresses if ADDRESS.format("") in line and f" {BRIDGE} " not in line]
-        if in_use:
+        if in_use := [line for line in addresses if ADDRESS.format("") in line and f" {BRIDGE} " not in line]:
             raise LabError(f"the addresses {ADDRESS.format('*')} are in use here: {in_use[0]}")
 
     def _write_files(self) -> None:
@@ -205,10 +200,11 @@ class SlurmLab:
     def _address(self, node: str) -> str:
         return ADDRESS.format(11 + self.nodes.index(node))
 
-    def _init(self, node: str) -> int:
-        """Process id, on the host, of the node's pid 1, which is the child of `unshare --fork`."""
-        unshare = self._daemons[node].pid
-        return int(Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0])
+    def _inside(self, node: str, *command: str) -> str:
+        """Return the output of a command that runs among the processes of the node."""
+        unshare = self._daemons[node].pid  # its child is the node's pid 1
+        init = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0]
+        return _run("nsenter", f"--target={init}", "--pid", "--mount", *command)
 
     def _start(self, name: str, command: list[str]) -> None:
         libc = ctypes.CDLL(None)
@@ -243,19 +239,8 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def _run(*command: str, check: bool = True) -> str:
-    """Return the output of a command, which raises LabError if it fails."""
-    pipe = subprocess.PIPE
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        timeout=60,
-        cwd=ROOT,
-        env={**os.environ, **ENV},
-        check=False,
-    )
+    env = {**os.environ, **ENV}
+    done = subprocess.run(command, input="", capture_output=True, text=True, timeout=60, cwd=ROOT, env=env, check=False)
     if check and done.returncode:
         raise LabError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout

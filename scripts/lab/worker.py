@@ -2,8 +2,7 @@
 
     torchrun ... -m scripts.lab.worker settings.json result.json
 
-Computation is emulated, so that workers which share cores do not measure each other: a layer's forward and backward
-sleep, then the backward returns ready-made gradients. All else is real: communication, optimizers, copies.
+Computation is emulated (emulated_gpt.py). All else is real: communication, optimizers, copies.
 """
 
 import json
@@ -26,49 +25,12 @@ from torch.optim import AdamW, Optimizer
 
 from decent import AllReduceDP, DecentDP, World
 from optim import AccumAdamW
+from scripts.lab.emulated_gpt import EmulatedGPT
 from scripts.lab.methods import Method
 
 LR = 1e-4
-N_TOKENS = 2048  # rows of the embedding
 SENT_BYTES = Path("/sys/class/net/eth0/statistics/tx_bytes")  # counter of this worker's node
 MIN_WARMUP_STEPS = 2
-
-
-class EmulatedGPT(nn.Module):
-    """An embedding and n_layers blocks with a GPT's parameters, 12 n_embd^2 in each block."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        c, n_layers = settings["n_embd"], settings["n_layers"]
-        block = [(3 * c, c), (c, c), (4 * c, c), (c, 4 * c), (c,), (c,)]
-        shapes = [[(N_TOKENS, c)], *[block] * n_layers]
-        self.layers = [nn.ParameterList(torch.randn(*shape) * 0.02 for shape in layer) for layer in shapes]
-        self.registered = nn.ModuleList(self.layers)
-        self.gradients: list[list[Tensor]] = []  # by layer; all arms share them
-        self.forward_s = settings["compute_ms"] / 1e3 / n_layers / 3  # in one block; a backward costs two forwards
-        self.slowness = 1.0  # factor of this worker's computation in this step
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, (layer, gradients) in enumerate(zip(self.layers, self.gradients, strict=True)):
-            share = self.slowness if i else 0.0  # the embedding itself costs nothing
-            x = _Layer.apply(x, self.forward_s * share, gradients, *layer)
-        return x
-
-
-class _Layer(torch.autograd.Function):
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, forward_s: float, gradients: list[Tensor], *_: Tensor
-    ) -> Tensor:
-        ctx.backward_s, ctx.gradients = 2 * forward_s, gradients
-        time.sleep(forward_s)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        time.sleep(ctx.backward_s)
-        # Autograd keeps a new view as p.grad, but would copy a tensor that is referenced elsewhere too.
-        return grad, None, None, *[g.view_as(g) for g in ctx.gradients]
 
 
 @dataclass(frozen=True)
@@ -88,8 +50,7 @@ class Training:
 def build(method: Method, settings: dict[str, Any], gradients: list[list[Tensor]], world: World) -> Training:
     """Set the method up. Raises ValueError, on all workers, if it cannot run here."""
     torch.manual_seed(0)
-    gpt = EmulatedGPT(settings)
-    gpt.gradients = gradients
+    gpt = EmulatedGPT(settings, gradients)
     if method.family == "none":
         return Training(gpt, gpt, _optimizer(method, gpt))
     builders = {"pytorchddp": _pytorchddp, "localsgd": _localsgd, "decentdp": _decentdp, "decent-dp": _decent_dp}
@@ -165,17 +126,15 @@ def _decent_dp(method: Method, gpt: EmulatedGPT, world: World) -> Training:
         topology={"exp": "one-peer-exp"}.get(method.topology, method.topology),
         _local_world_size=world.local_world_size,
     )
-    cycle = len(model._topo._edges)
-    alone = torch.zeros(sum(p.numel() for p in gpt.parameters()))
+    cycle, alone = len(model._topo._edges), torch.zeros(sum(p.numel() for p in gpt.parameters()))
 
     def exchange_alone() -> None:
         for step in range(cycle):
             dist.all_reduce(alone, group=model._topo.get_edge(step).group)
 
     def drain() -> None:
-        for work in model._comm_ops:
-            if work is not None:
-                work.wait()
+        for work in filter(None, model._comm_ops):
+            work.wait()
 
     return Training(gpt, model, None, cycle, exchange_alone=exchange_alone, drain=drain)
 
@@ -212,7 +171,7 @@ def measure_block(training: Training, settings: dict[str, Any], world: World, ro
     sent = (int(SENT_BYTES.read_text()) - sent) / (n_warmup + n_steps)
 
     exchange_ms = None
-    if training.exchange_alone is not None:
+    if training.exchange_alone:
         dist.barrier()
         start = time.perf_counter()
         training.exchange_alone()
@@ -234,8 +193,7 @@ def slowness_of(rank: int, world_size: int, round_: int, straggler: float, step:
 
 
 def main() -> None:
-    settings = json.loads(Path(sys.argv[1]).read_text())
-    world = World.from_env()
+    settings, world = json.loads(Path(sys.argv[1]).read_text()), World.from_env()
     if world.rank != 0:
         logger.remove()  # one worker logs for all
     with world.connected():

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.parametrize("name", NAMES)
 
 
 def start(tmp_path: Path, name: str, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
-    """Starts a script as SLURM does: as a copy in a spool folder, with the variables of a job of 4 nodes x 4 GPUs."""
+    """Start a script as SLURM does: as a copy in a spool folder, with the variables of a job of 4 nodes x 4 GPUs."""
     programs, spool = tmp_path / "bin", tmp_path / "spool"
     for folder in (programs, spool):
         folder.mkdir(exist_ok=True)
@@ -53,14 +53,8 @@ def start(tmp_path: Path, name: str, *arguments: str, **variables: str) -> "subp
         "SLURM_SUBMIT_DIR": str(SCRIPTS.parent),
     }
     env = {"PATH": f"{programs}:{os.environ['PATH']}", "RECORD": str(tmp_path), **job, **variables}
-    return subprocess.Popen(
-        ["bash", str(copy), *arguments],
-        env=env,
-        cwd=spool,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command, pipe = ["bash", str(copy), *arguments], subprocess.PIPE
+    return subprocess.Popen(command, env=env, cwd=spool, stdout=pipe, stderr=pipe, text=True)
 
 
 def end(script: "subprocess.Popen[str]") -> subprocess.CompletedProcess[str]:
@@ -69,11 +63,11 @@ def end(script: "subprocess.Popen[str]") -> subprocess.CompletedProcess[str]:
 
 
 def sbatch(tmp_path: Path, name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return end(start(tmp_path, name, *arguments, **variables))
+    return end(start(tmp_path, name, *(arguments or (TORCHRUN, "config/a.toml")), **variables))
 
 
 def signalled(tmp_path: Path, name: str, number: signal.Signals, **variables: str) -> tuple[int, list[str], list[str]]:
-    """Signals a script while srun runs: its exit code, the signals that reached srun, and the calls of requeue."""
+    """Signal a script while srun runs. Return its exit code, the signals that reached srun, and the requeue calls."""
     script = start(tmp_path, name, TORCHRUN, "config/a.toml", UNTIL_STOPPED="1", **variables)
     while not ((tmp_path / "running").exists() and catches(script.pid, signal.SIGUSR1, signal.SIGTERM)):
         assert script.poll() is None
@@ -83,7 +77,7 @@ def signalled(tmp_path: Path, name: str, number: signal.Signals, **variables: st
 
 
 def catches(pid: int, *numbers: signal.Signals) -> bool:
-    """Whether the process has handlers for these signals (Linux)."""
+    """Return whether the process has handlers for these signals (Linux)."""
     status = Path(f"/proc/{pid}/status").read_text()
     (mask,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:"))
     return all(mask >> (number - 1) & 1 for number in numbers)
@@ -94,7 +88,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 def recorded(tmp_path: Path) -> tuple[list[str], list[str], list[str]]:
-    """What srun was called with: its own options, torchrun's options, and the words from train.py on."""
+    """Return srun's own options, torchrun's options, and the words from train.py on."""
     words = (tmp_path / "srun").read_text().split("\0")[:-1]
     i, j = words.index(TORCHRUN), words.index("train.py")
     return words[:i], words[i + 1 : j], words[j:]
@@ -115,10 +109,6 @@ def directives(name: str) -> dict[str, str]:
     return {key: value for key, _, value in (option.partition("=") for option in options)}
 
 
-def test_is_valid_bash(name: str) -> None:
-    assert subprocess.run(["bash", "-n", str(SCRIPTS / name)], timeout=20, check=False).returncode == 0
-
-
 def test_twins_ask_for_the_same_four_nodes(name: str) -> None:
     options, twin = directives(name), directives(NAMES[1 - NAMES.index(name)])
     assert options.pop("job-name") != twin.pop("job-name")
@@ -132,7 +122,7 @@ def test_twins_ask_for_the_same_four_nodes(name: str) -> None:
 
 
 def test_starts_torchrun_once_per_node(tmp_path: Path, name: str) -> None:
-    run = sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_JOB_NUM_NODES="2", OMP_NUM_THREADS="5")
+    run = sbatch(tmp_path, name, SLURM_JOB_NUM_NODES="2", OMP_NUM_THREADS="5")
     assert (run.returncode, run.stderr) == (0, "")
     of_srun, of_torchrun, _ = recorded(tmp_path)
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=32"} <= set(of_srun)
@@ -142,26 +132,22 @@ def test_starts_torchrun_once_per_node(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "threads").read_text() == "5"
 
 
-def test_workers_share_the_cores(tmp_path: Path, name: str) -> None:
-    sbatch(tmp_path, name, TORCHRUN, "config/a.toml")
-    assert (tmp_path / "threads").read_text() == "8"  # 32 cores, 4 workers
-
-
 def test_every_argument_stays_one_word(tmp_path: Path, name: str) -> None:
     arguments = ["my configs/a.toml", "train.n_steps=100", "train.optim.betas=[0.9, 0.95]", "log_dir=*", 'dataset="x"']
     sbatch(tmp_path, name, TORCHRUN, *arguments)
     assert recorded(tmp_path)[2] == ["train.py", *arguments]
 
 
-def test_runs_in_the_submission_folder(tmp_path: Path, name: str) -> None:
-    sbatch(tmp_path, name, TORCHRUN, "config/a.toml")
+def test_runs_in_the_submission_folder_and_shares_the_cores(tmp_path: Path, name: str) -> None:
+    sbatch(tmp_path, name)
     assert (tmp_path / "folder").read_text() == str(SCRIPTS.parent)
+    assert (tmp_path / "threads").read_text() == "8"  # 32 cores, 4 workers
 
 
 def test_jobs_meet_at_different_reserved_ports(tmp_path: Path, name: str) -> None:
     ports: list[int] = []
     for job_id in (1, 2, 9_999, 10_000, 67_043_327):
-        sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_JOB_ID=str(job_id))
+        sbatch(tmp_path, name, SLURM_JOB_ID=str(job_id))
         ports.append(endpoint(tmp_path)[1])
     assert len(set(ports)) == len(ports)
     assert all(1024 <= port < EPHEMERAL_PORTS_FROM for port in ports)
@@ -169,14 +155,14 @@ def test_jobs_meet_at_different_reserved_ports(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize(("asked", "workers"), [("3", 3), ("a100:2", 2)])
 def test_starts_a_worker_for_each_gpu(tmp_path: Path, name: str, asked: str, workers: int) -> None:
-    assert sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_GPUS_PER_NODE=asked).returncode == 0
+    assert sbatch(tmp_path, name, SLURM_GPUS_PER_NODE=asked).returncode == 0
     assert f"--nproc_per_node={workers}" in recorded(tmp_path)[1]
 
 
-@pytest.mark.parametrize("exit_code", [1, 137])
-def test_ends_with_the_exit_code_of_srun(tmp_path: Path, name: str, exit_code: int) -> None:
-    run = sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SRUN_EXIT_CODE=str(exit_code))
-    assert run.returncode == exit_code
+@pytest.mark.parametrize("exit_code", [0, 1, 137])
+def test_finished_run_gives_its_exit_code_and_is_not_requeued(tmp_path: Path, name: str, exit_code: int) -> None:
+    assert sbatch(tmp_path, name, SRUN_EXIT_CODE=str(exit_code)).returncode == exit_code
+    assert lines_of(tmp_path / "requeued") == []
 
 
 def test_time_limit_stops_workers_and_requeues_once(tmp_path: Path, name: str) -> None:
@@ -192,42 +178,33 @@ def test_run_that_fails_while_stopping_is_not_requeued(tmp_path: Path, name: str
     assert signalled(tmp_path, name, signal.SIGUSR1, SRUN_EXIT_CODE=str(exit_code)) == (exit_code, ["USR1"], [])
 
 
-@pytest.mark.parametrize("exit_code", [0, 1])
-def test_finished_run_is_not_requeued(tmp_path: Path, name: str, exit_code: int) -> None:
-    sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SRUN_EXIT_CODE=str(exit_code))
-    assert lines_of(tmp_path / "requeued") == []
-
-
 def test_torchrun_survives_the_signal_to_stop(tmp_path: Path, name: str) -> None:
-    sbatch(tmp_path, name, TORCHRUN, "config/a.toml")
+    sbatch(tmp_path, name)
     words = recorded(tmp_path)[0]
     on_a_node = [*words[words.index("bash") :], "bash", "-c", "kill -USR1 $$; echo alive"]
     assert subprocess.run(on_a_node, capture_output=True, text=True, timeout=20, check=False).stdout == "alive\n"
 
 
 def test_unknown_hosts_start_nothing(tmp_path: Path, name: str) -> None:
-    assert sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_JOB_NODELIST="node[7-8]").returncode != 0
+    assert sbatch(tmp_path, name, SLURM_JOB_NODELIST="node[7-8]").returncode != 0
     assert not (tmp_path / "srun").exists()
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "variables"),
     [
-        [],
-        [TORCHRUN],
-        ["config/a.toml"],  # `which torchrun` found nothing
-        ["config/a.toml", "train.n_steps=100"],
+        ([], {}),
+        ([TORCHRUN], {}),
+        (["config/a.toml"], {}),  # `which torchrun` found nothing
+        (["config/a.toml", "train.n_steps=100"], {}),
+        ([TORCHRUN, "config/a.toml"], {"SLURM_JOB_ID": ""}),  # started by bash, not by sbatch
     ],
 )
-def test_invalid_arguments_give_one_line_of_usage(tmp_path: Path, name: str, arguments: list[str]) -> None:
-    run = sbatch(tmp_path, name, *arguments)
+def test_invalid_start_gives_one_line_of_usage(
+    tmp_path: Path, name: str, arguments: list[str], variables: dict[str, str]
+) -> None:
+    run = end(start(tmp_path, name, *arguments, **variables))
     assert run.returncode == 2
     assert run.stderr.startswith("usage: sbatch ")
     assert run.stderr.count("\n") == 1
     assert not (tmp_path / "srun").exists()
-
-
-def test_start_without_sbatch_gives_usage(tmp_path: Path, name: str) -> None:
-    run = sbatch(tmp_path, name, TORCHRUN, "config/a.toml", SLURM_JOB_ID="")
-    assert run.returncode == 2
-    assert run.stderr.startswith("usage: sbatch ")
