@@ -21,11 +21,11 @@ _context.set_forkserver_preload(["torch.distributed", "torch.nn.parallel", "torc
 
 
 class WorkerError(AssertionError):
-    """What went wrong in the workers: rank and traceback of each that failed."""
+    """Rank and traceback of each worker that failed."""
 
 
 def run_workers(n: int, function: Callable[..., Any], *args: Any, local_world_size: int | None = None) -> list[Any]:
-    """[function(*args) of rank 0, 1, ...], each called in a process of its own with a gloo process group.
+    """Return [function(*args) of rank 0, 1, ...], each called in a process of its own with a gloo process group.
 
     `function` is found by its name in its module; arguments and results are pickled.
     """
