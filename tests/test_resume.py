@@ -40,6 +40,11 @@ def is_rank(rank: int) -> str:
     return f'os.environ["RANK"] == "{rank}"'
 
 
+def assert_mean(found: torch.Tensor, values: list[torch.Tensor], *, rtol: float, atol: float) -> None:
+    mean = torch.stack([value.double() for value in values]).mean(0)
+    torch.testing.assert_close(found, mean.to(torch.float32), rtol=rtol, atol=atol)
+
+
 @pytest.fixture(scope="module")
 def one(launcher: Launcher) -> Run:
     """An undisturbed run of one worker; copy it before a resume."""
@@ -169,13 +174,12 @@ def test_another_number_of_workers_starts_from_the_mean(launcher: Launcher, two:
     assert any("is of 2 workers, this run has 4: all start from the mean" in line for line in run.log)
     for after in saved_states(run):
         for name, p in after["model"].items():
-            mean = torch.stack([state["model"][name].double() for state in before]).mean(0)
-            torch.testing.assert_close(p, mean.to(torch.float32), rtol=0, atol=1e-7)
+            assert_mean(p, [state["model"][name] for state in before], rtol=0, atol=1e-7)
     for i, now in saved_states(run)[0]["parts"]["optimizer"]["state"].items():
         assert now["step"] == 13  # ends no window of accum_steps = 2: the moments are those that it started with
         for moment in ("exp_avg", "exp_avg_sq"):
-            mean = torch.stack([s["parts"]["optimizer"]["state"][i][moment].double() for s in before]).mean(0)
-            torch.testing.assert_close(now[moment], mean.to(torch.float32), rtol=1e-6, atol=0)
+            moments = [state["parts"]["optimizer"]["state"][i][moment] for state in before]
+            assert_mean(now[moment], moments, rtol=1e-6, atol=0)
 
 
 @pytest.mark.dist
@@ -197,8 +201,7 @@ def test_another_backend_takes_only_the_weights(
     assert run.metrics[0]["step"] == 5
     before = [state["model"] for state in saved_states(saved) if "model" in state]
     for name, p in saved_states(run)[0]["model"].items():
-        mean = torch.stack([model[name].double() for model in before]).mean(0)
-        torch.testing.assert_close(p, mean.to(torch.float32), rtol=0, atol=1e-7)
+        assert_mean(p, [model[name] for model in before], rtol=0, atol=1e-7)
 
 
 def test_another_optimizer_starts_afresh_at_the_same_step(launcher: Launcher, one: Run) -> None:
@@ -353,17 +356,17 @@ def test_signal_to_one_worker_stops_all_after_the_same_step(
 @pytest.mark.fault
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("name", "n"),
+    ("n", "name"),
     [
-        ("checkpoint_files.write_worker", 2),
-        ("checkpoint_files.write_worker", 3),
-        ("DecentDP.averaged", 2),
-        ("DecentDP.mix", 2),
-        ("Checkpoints.restore", 1),
+        (2, "checkpoint_files.write_worker"),
+        (3, "checkpoint_files.write_worker"),
+        (2, "DecentDP.averaged"),
+        (2, "DecentDP.mix"),
+        (1, "Checkpoints.restore"),
     ],
 )
 def test_death_of_one_worker_ends_all_and_the_run_resumes(
-    launcher: Launcher, two: Run, tmp_path: Path, name: str, n: int
+    launcher: Launcher, two: Run, tmp_path: Path, n: int, name: str
 ) -> None:
     """In a save, also the last one, in an evaluation, in a step; while the run starts."""
     kill = at_call(n, name, "os._exit(137)", when=is_rank(1))

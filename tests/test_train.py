@@ -362,7 +362,7 @@ def test_truncated_token_file_ends_the_run(launcher: Launcher, tmp_path: Path) -
     for split in ("train", "val"):
         np.zeros(100_000, "<u2").tofile(tmp_path / f"{split}.bin")
     at_step_3 = f"""
-import torch
+import time, torch
 from decent.run_log import RunLog
 def progress(self, step, loss):
     if step == 3:
