@@ -76,11 +76,7 @@ class Checkpoints:
         self._writing = self._executor.submit(self._write, step, copy)
 
     def wait(self) -> bool:
-        """Wait for the last save. Returns False if it failed (known on rank 0; other ranks may return True).
-
-        Raises:
-            RuntimeError: another worker did not do its part.
-        """
+        """Wait for the last save. Returns False if it failed (known on rank 0; other ranks may return True)."""
         return self._writing is None or self._writing.result()
 
     def _write(self, step: int, state: State) -> bool:
@@ -184,8 +180,7 @@ class Checkpoints:
 
     def _read(self, path: Path) -> tuple[Saved, State]:
         saved = files.read_index(path)
-        same_backend = saved.about["backend"] == self._about["backend"]
-        if not same_backend or len(saved.workers) != self._world.world_size:
+        if saved.about["backend"] != self._about["backend"] or len(saved.workers) != self._world.world_size:
             return saved, files.read_mean(saved)
         state = files.read_worker(saved, self._world.rank)
         if "model" not in state:  # rank 0 of pytorchddp saves what all workers share

@@ -23,7 +23,7 @@ INDEX, WORKER = "index.json", "worker-{:05d}.pt"
 
 
 class DamagedCheckpoint(ValueError):
-    """A file of a checkpoint is missing, or differs from what was written."""
+    """A file of a checkpoint is missing, differs from what was written, or holds more than a State."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,7 @@ def list_checkpoints(path: Path) -> list[Path]:
 
 
 def read_index(path: Path) -> Saved:
-    """Read and check the index of the checkpoint `path`.
-
-    Raises:
-        DamagedCheckpoint: it is missing or differs from what was written.
-    """
+    """Read the index of the checkpoint `path`. Raises DamagedCheckpoint."""
     try:
         index = json.loads((path / INDEX).read_text())
         if index["format"] != FORMAT:
@@ -62,11 +58,7 @@ def read_index(path: Path) -> Saved:
 
 
 def read_worker(saved: Saved, rank: int) -> State:
-    """State that worker `rank` saved, on the CPU. No code in the file is run.
-
-    Raises:
-        DamagedCheckpoint: the file is missing, differs from what was written, or holds other objects.
-    """
+    """State that worker `rank` saved, on the CPU. No code in the file is run. Raises DamagedCheckpoint."""
     path = saved.path / WORKER.format(rank)
     try:
         if _sha256(path) == saved.workers[rank]["sha256"]:

@@ -62,7 +62,7 @@ class Liveness:
             missing, reason = self._missing(), first_line(error)
             if isinstance(error, PeerError):  # names a neighbour, which may itself have waited for another rank
                 raise PeerError(f"{reason}; no answer from {missing}" if missing else reason) from error
-            found = f"waited in vain for {missing}" if missing else "all are there, but a call failed"
+            found = f"timed out waiting for {missing}" if missing else "all are there, but a call failed"
             raise PeerError(f"{when}: {found}: {reason}") from error
 
     def _ended(self) -> str:

@@ -19,14 +19,14 @@ LOG_FORMAT = "[{time:HH:mm:ss} {level: >5}] {message}"
 
 
 def log_to_terminal(world: World) -> None:
-    """Print the messages of rank 0 on stderr, and those of other ranks nowhere."""
+    """Print the messages of rank 0 on stderr. Other ranks print none."""
     logger.remove()
     if world.rank == 0:  # through tqdm, so that lines and the progress bar do not tear each other
         logger.add(lambda line: tqdm.write(line, file=sys.stderr, end=""), format=LOG_FORMAT)
 
 
 def log_last_error(world: World, error: Exception) -> None:
-    """Log the error that ends this rank. Other ranks than 0 print theirs, unless all ranks have the same one."""
+    """Log the error that ends this rank. Ranks above 0 print it, unless all ranks have the same error."""
     if world.rank == 0:
         logger.error(error)
     elif not isinstance(error, SetupError):
@@ -49,10 +49,10 @@ def choose_run_dir(world: World, cfg: "Config") -> Path:
 
 
 def open_run_dir(run_dir: Path, cfg: "Config") -> None:
-    """Make the run directory with its config.toml, and begin or continue its train.log.
+    """Make the run directory with its config.toml, and start or continue its train.log.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the directory cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

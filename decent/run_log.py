@@ -183,13 +183,8 @@ class RunLog:
 
     def save_best_model(self, step: int, val_loss: float) -> None:
         logger.info("New best model found. Saving...")
-        best = {
-            "model": self.module.state_dict(),
-            "model_config": self.cfg.model.model_dump(),
-            "context_length": self.cfg.train.context_length,
-            "step": step,
-            "val_loss": val_loss,
-        }
+        best = {"model": self.module.state_dict(), "step": step, "val_loss": val_loss}
+        best |= {"model_config": self.cfg.model.model_dump(), "context_length": self.cfg.train.context_length}
         with whole_file(self.run_dir / "best_model.pth") as file:
             torch.save(best, file)
         logger.info(f"Saved model to {os.path.join(self.cfg.log_dir, self.run_dir.name, 'best_model.pth')}")

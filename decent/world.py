@@ -3,14 +3,13 @@
 import ctypes
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,8 +27,7 @@ class SetupError(ValueError):
     exit_code = 2
 
 
-@dataclass(frozen=True)
-class _Mistake:
+class _Mistake(NamedTuple):
     """An error in place of a rank's value."""
 
     message: str
@@ -63,7 +61,7 @@ class World:
         env = os.environ
         local_rank = int(env.get("LOCAL_RANK", "0"))
         local_world_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
-        # Ask torch, not CUDA_VISIBLE_DEVICES: SLURM sets that one on machines without a GPU too.
+        # Ask torch, not CUDA_VISIBLE_DEVICES, which SLURM sets on machines without a GPU too.
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return cls(
             rank=int(env.get("RANK", "0")),
@@ -79,11 +77,7 @@ class World:
         )
 
     def require_gpus(self) -> None:
-        """Refuse a node that has GPUs, but not one for each of its workers.
-
-        Raises:
-            ValueError: this node is such a one.
-        """
+        """Raise a ValueError on a node that has GPUs, but not one for each of its workers."""
         if 0 < self.n_gpus < self.local_world_size:
             raise ValueError(
                 f"{self.local_world_size} workers on a node with {self.n_gpus} GPUs: "
@@ -136,14 +130,14 @@ class World:
         """Return every rank's value, by rank. A collective; a rank with an error calls `agree_on_errors` instead.
 
         Raises:
-            SetupError: there is such a rank. It is named, unless all ranks have the same error.
+            SetupError: a rank has an error. The message names it, unless all ranks have the same error.
         """
         values = [value] * self.world_size
         dist.all_gather_object(values, value)
-        mistakes = [value for value in values if isinstance(value, _Mistake)]
-        if mistakes:
-            everywhere = len(mistakes) == self.world_size and len({mistake.message for mistake in mistakes}) == 1
-            raise SetupError(mistakes[0].message if everywhere else f"{mistakes[0].where}: {mistakes[0].message}")
+        if mistakes := [value for value in values if isinstance(value, _Mistake)]:
+            message, where = mistakes[0]
+            everywhere = [mistake.message for mistake in mistakes] == [message] * self.world_size
+            raise SetupError(message if everywhere else f"{where}: {message}")
         return values
 
     def agree_on_errors(self, error: str | None) -> None:
@@ -171,20 +165,17 @@ class World:
         `make` may take longer than ranks wait for each other: meanwhile they ask whether it is done.
         """
         thread = ThreadPoolExecutor(max_workers=1)
-        try:
-            made = thread.submit(make) if make is not None else None
-            pause_s = 0.001
-            while not all(self.all_gather(made is None or made.done())):
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 0.5)
-            return self.all_gather(cast(T, made.result() if made else None))[self.rank - self.local_rank]
-        finally:
-            thread.shutdown(wait=False)
+        made = thread.submit(make) if make is not None else None
+        thread.shutdown(wait=False)  # ends it when `make` is done
+        pause_s = 0.001
+        while not all(self.all_gather(made is None or made.done())):
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.5)
+        return self.all_gather(cast(T, made.result() if made else None))[self.rank - self.local_rank]
 
     def rows(self, n: int) -> slice:
         """This rank's rows of the n rows of a global batch; n is a multiple of the world size."""
-        size = n // self.world_size
-        return slice(self.rank * size, (self.rank + 1) * size)
+        return slice(self.rank * n // self.world_size, (self.rank + 1) * n // self.world_size)
 
     def mean(self, values: Tensor) -> Tensor:
         """Elementwise mean over the ranks. A collective."""
@@ -201,7 +192,6 @@ class World:
 def keep_freed_memory() -> None:
     """Make glibc keep the memory that is freed: mapping the logits again in every step takes two thirds of a small
     model's step on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            libc.mallopt(option, value)
+            mallopt(option, value)

@@ -12,7 +12,7 @@ CLOCKS = {"train_time_s", "evaluated_time_s", "data_wait_s"}
 
 
 def run_in(place: Path, launcher: Launcher, *overrides: str, **options: Any) -> Run:
-    """A run in place/run, which resumes what is there."""
+    """Run in place/run, and resume what is there."""
     run = launcher.run(f"log_dir={place}", "log.run_name=run", *overrides, **options)
     return Run(run.codes, run.errors, place)
 

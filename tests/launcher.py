@@ -11,6 +11,7 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAIN_PY = ROOT / "train.py"
 VOCAB_SIZE, CONTEXT_LENGTH, BATCH_SIZE, EVAL_STEPS = 300, 16, 8, 2
 TIMES = {"train_time_s", "ms_per_step", "data_wait_ms", "total_train_time_s", "tokens_per_s"}
 
@@ -51,7 +53,7 @@ vocab_size = {VOCAB_SIZE}
 """
 
 SERVER = """
-import atexit, json, os, runpy, signal, sys, time, traceback
+import atexit, json, os, runpy, signal, sys, traceback
 
 code = 0
 
@@ -65,11 +67,12 @@ import torch._dynamo  # the first step of any optimizer imports it
 
 for line in sys.stdin:
     timeout_s, workers = json.loads(line)
-    running, codes = {}, {}
-    for rank, (argv, env, cwd, output, first) in enumerate(workers):
+    pids = []
+    for argv, env, cwd, output, first in workers:
         if pid := os.fork():
-            running[pid] = rank
+            pids.append(pid)
             continue
+        signal.alarm(timeout_s)
         os.environ.clear()
         os.environ.update(env)
         os.chdir(cwd)
@@ -86,22 +89,13 @@ for line in sys.stdin:
             traceback.print_exc()
             code = 1
         sys.exit()
-    deadline = time.monotonic() + timeout_s
-    while running:
-        for pid in list(running):
-            if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    print(json.dumps([codes[rank] for rank in range(len(workers))]), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
 """
 
 
 @dataclass(frozen=True)
 class Run:
-    """Exit codes (-9 means killed, because it hung) and stderr of n workers by rank, and their log_dir."""
+    """Exit codes (-14 means killed, because it hung) and stderr of n workers by rank, and their log_dir."""
 
     codes: list[int]
     errors: list[str]
@@ -130,7 +124,6 @@ class Launcher:
 
     def __init__(self, folder: Path, server: "subprocess.Popen[str]") -> None:
         self.folder, self.server = folder, server
-        self.n_runs = 0
         self.undisturbed: dict[tuple[object, ...], Run] = {}
         self.config = folder / "small.toml"
         self.config.write_text(CONFIG)
@@ -143,14 +136,9 @@ class Launcher:
 
     def place(self) -> Path:
         """Make the working directory of a run."""
-        self.n_runs += 1
-        place = self.folder / str(self.n_runs)
-        place.mkdir()
-        return place
+        return Path(tempfile.mkdtemp(dir=self.folder))
 
-    def arguments(
-        self, config: Path | None, overrides: tuple[str, ...], train_py: Path = ROOT / "train.py"
-    ) -> list[str]:
+    def arguments(self, config: Path | None, overrides: tuple[str, ...], train_py: Path = TRAIN_PY) -> list[str]:
         return [str(train_py), str(config or self.config), f"data_dir={self.corpus}", *overrides]
 
     def environment(self, place: Path, env: dict[str, str] | None) -> dict[str, str]:
@@ -168,8 +156,8 @@ class Launcher:
         env: dict[str, str] | None = None,
         last_rank: tuple[str, ...] = (),
         first: str = "",
-        train_py: Path = ROOT / "train.py",
-        timeout_s: float = 60,
+        train_py: Path = TRAIN_PY,
+        timeout_s: int = 60,
     ) -> Run:
         """Run n workers. last_rank: more overrides, of the last rank; first: Python that each runs before train.py."""
         place = self.place()
@@ -184,8 +172,7 @@ class Launcher:
                 variables |= {"TORCHELASTIC_RESTART_COUNT": "0"}
             argv = self.arguments(config, overrides + (last_rank if rank == n - 1 else ()), train_py)
             workers.append([argv, variables, str(place), str(place / f"rank{rank}"), first])
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
+        assert self.server.stdin and self.server.stdout  # noqa: PT018
         self.server.stdin.write(json.dumps([timeout_s, workers]) + "\n")
         self.server.stdin.flush()
         assert select.select([self.server.stdout], [], [], timeout_s + 20)[0], "the server of the workers hangs"
@@ -244,5 +231,4 @@ def timeless(run: Run) -> list[dict[str, Any]]:
 
 
 def without_times(run: Run) -> list[dict[str, Any]]:
-    """Return the metrics that do not depend on the clock, also of a run that failed."""
     return [{key: value for key, value in m.items() if key not in TIMES} for m in run.metrics]

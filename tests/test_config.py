@@ -74,41 +74,26 @@ def keys(section: type[BaseModel], prefix: str = "") -> list[str]:
         ('[train]\n"seed\\n" = 1', ["unknown key train.seed\\n", '"train.seed"']),
         ('[train]\nn_steps = "5"', ["train.n_steps", "'5'", "integer"]),
         ("[train]\nn_steps = true", ["train.n_steps", "True", "integer"]),
-        ("[train]\nn_steps = 5e3", ["train.n_steps", "5000.0", "integer"]),
         ("in_memory = 1", ["in_memory", "1", "boolean"]),
-        ('[train]\namp = "yes"', ["train.amp", "'yes'", "boolean"]),
         ('[model]\ndropout = "0"', ["model.dropout", "'0'", "number"]),
         ("log_dir = 5", ["log_dir", "5", "string"]),
         ("train = 5", ["train = 5"]),
         ('[train]\noptim = "adamw"', ["train.optim = 'adamw'"]),
-        ("[log_dir]\nx = 1", ["log_dir", "{'x': 1}", "string"]),
-        ("[train.optim]\nbetas = 0.9", ["train.optim.betas", "0.9"]),
-        ("[train.optim]\nbetas = [0.9]", ["train.optim.betas"]),
         ("[train.optim]\nbetas = [0.9, 0.9, 0.9]", ["train.optim.betas", "at most 2"]),
         ('[train.optim]\nbetas = ["0.9", 0.9]', ["train.optim.betas.0", "'0.9'", "number"]),
         ("[train]\nn_steps = 0", ["train.n_steps = 0", "equal to 1"]),
-        ("[train]\nseed = -1", ["train.seed = -1", "equal to 0"]),
-        ("[train]\nmicro_batch_size = 0", ["train.micro_batch_size = 0", "equal to 1"]),
-        ("[train]\ngrad_norm_clip = -1.0", ["train.grad_norm_clip = -1.0", "equal to 0"]),
         ("[train.optim]\neps = 0.0", ["train.optim.eps = 0.0", "greater than 0"]),
         ("[train.optim]\nbetas = [0.9, 1.0]", ["train.optim.betas.1 = 1.0", "less than 1"]),
         ("[train.lr_schedule]\nlr = inf", ["train.lr_schedule.lr = inf", "finite"]),
-        ("[train.lr_schedule]\nlr = nan", ["train.lr_schedule.lr = nan", "finite"]),
-        ("[model]\ndropout = 1.0", ["model.dropout = 1.0", "less than 1"]),
         ("[model]\nvocab_size = 65537", ["model.vocab_size = 65537", "65536"]),
-        ("[log]\neval_interval = 0", ["log.eval_interval = 0", "equal to 1"]),
         ("[log]\nrun_name = 'a/b'", ["log.run_name", "'a/b'"]),
         ("[log]\nrun_name = '..'", ["log.run_name", "'..'"]),
         ("[train]\ntopology = 'star'", ["train.topology", "'star'", "'ring' or 'alternating-exp-ring'"]),
-        ("[train]\nbackend = 'ddp'", ["'ddp'", "'decentdp' or 'pytorchddp'"]),
-        ("[train.optim]\nname = 'sgd'", ["'sgd'", "'accumadamw' or 'adamw'"]),
-        ("[train.lr_schedule]\nname = 'linear'", ["'linear'", "'cosine'"]),
         ("[model]\nn_embd = 10\nn_heads = 3", ["model.n_embd = 10", "divisible by n_heads = 3"]),
         ("[train]\nn_steps = 2000", ["train.lr_schedule.warmup_steps = 2000", "below n_steps = 2000"]),
         ("[train.lr_schedule]\nlr = 1e-5", ["train.lr_schedule.eta_min = 6e-05", "lr = 1e-05"]),
         ("[train]\ntimeout_s = 0", ["train.timeout_s = 0", "greater than 0"]),
         ("[train]\ntimeout_s = 1e18", ["train.timeout_s = 1e+18", "less than or equal to 1000000"]),
-        ("[train]\ngossip_every = 0", ["train.gossip_every = 0", "equal to 1"]),
         ("[train]\ngossip_every = 300_001", ["train.gossip_every = 300001", "use at most 300000"]),
         ("[train]\ngossip_every = 2\nbackend = 'pytorchddp'", ["gossip_every = 2 is for", '"decentdp"']),
         ("[train]\ncomm_dtype = 'float16'", ["train.comm_dtype = 'float16'", "'float32' or 'bfloat16'"]),
@@ -123,13 +108,10 @@ def test_errors_name_file_key_and_value(tmp_path: Path, text: str, parts: list[s
     assert [part for part in parts if part not in message] == [], message
 
 
-@pytest.mark.parametrize("text", ["[train.optim]\nname = 'sgd'", "dataset = 5", "log_dir = 5"])
-def test_one_mistake_counts_once(tmp_path: Path, text: str) -> None:
-    assert "more)" not in error(tmp_path, text)
-
-
 def test_errors_count_the_other_mistakes(tmp_path: Path) -> None:
     assert error(tmp_path, "[train]\nn_steps = 0\nseed = -1\n[model]\nbias = 3").endswith(" (and 2 more)")
+    for one_mistake in ("[train.optim]\nname = 'sgd'", "dataset = 5", "log_dir = 5"):
+        assert "more)" not in error(tmp_path, one_mistake)
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
@@ -149,9 +131,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         ("=5", ['"=5"', "key=value"]),
         ("train.n_step=5", ["train.n_step;", '"train.n_steps"']),
         ("train.n_steps=many", ["train.n_steps = 'many'", "integer"]),
-        ("train.n_steps=", ["train.n_steps = ''", "integer"]),
         ('train.n_steps="5000"', ["train.n_steps = '5000'", "integer"]),
-        ("train.topology=star", ["train.topology = 'star'", "'exp'"]),
         ("train=5", ["train = 5"]),
         ("log_dir.x=5", ["log_dir"]),
     ],
@@ -182,16 +162,14 @@ def test_any_refused_override_gives_one_line(override: str) -> None:
 @pytest.mark.parametrize(
     ("override", "key", "value"),
     [
-        ("train.n_steps=5000", "train.n_steps", 5000),
         ("train.n_steps = 5_000", "train.n_steps", 5000),
         ("in_memory=false", "in_memory", False),
+        ("log.run_name=3197816", "log.run_name", "3197816"),  # a job id
         ("train.lr_schedule.lr=1e-3", "train.lr_schedule.lr", 1e-3),
         ("train.optim.betas=[0.8, 0.9]", "train.optim.betas", (0.8, 0.9)),
         ("train.topology=ring", "train.topology", "ring"),
         ('train.topology="ring"', "train.topology", "ring"),
-        ("log_dir=/some where/else", "log_dir", "/some where/else"),
-        ("log_dir=a=b", "log_dir", "a=b"),
-        ("train.optim={name = 'adamw'}", "train.optim.name", "adamw"),
+        ("log_dir=/some where/a=b", "log_dir", "/some where/a=b"),
     ],
 )
 def test_overrides_take_toml_values_and_bare_words(tmp_path: Path, override: str, key: str, value: object) -> None:
@@ -202,10 +180,6 @@ def test_the_last_override_wins(tmp_path: Path) -> None:
     text = "[train]\nseed = 1\nn_steps = 7000"
     cfg = load(tmp_path, text, "train.seed=2", "log.eval_steps=9", "train.seed=3")
     assert (cfg.train.seed, cfg.train.n_steps, cfg.log.eval_steps) == (3, 7000, 9)
-
-
-def test_a_job_id_is_a_run_name(tmp_path: Path) -> None:
-    assert load(tmp_path, "", "log.run_name=3197816").log.run_name == "3197816"
 
 
 def test_overrides_are_checked_together_with_the_file(tmp_path: Path) -> None:
@@ -242,20 +216,16 @@ def test_data_dir_follows_dataset_unless_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["log_dir", "data_dir", "checkpoint"])
-def test_a_leading_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_only_a_leading_tilde_of_a_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert attrgetter(key)(load(tmp_path, f'{key} = "~/x"')) == "/home/me/x"
     assert attrgetter(key)(load(tmp_path, "", f"{key}=~")) == "/home/me"
     assert attrgetter(key)(load(tmp_path, f'{key} = "./~/a~b"')) == "./~/a~b"
-
-
-@pytest.mark.parametrize("key", ["log_dir", "data_dir", "checkpoint"])
-@pytest.mark.parametrize("path", ["$SCRATCH/runs", "/x/${USER}/runs", "~nobody-here/runs"])
-def test_paths_that_only_a_shell_could_expand_are_refused(tmp_path: Path, key: str, path: str) -> None:
-    message = error(tmp_path, f'{key} = "{path}"')
-    assert message.startswith(f"{tmp_path / 'c.toml'}: {key} = '{path}': ")
-    assert "is not expanded" in message or "is not the home of a user" in message
-    assert error(tmp_path, "", f"{key}={path}") == message
+    for path in ("$SCRATCH/runs", "/x/${USER}/runs", "~nobody-here/runs"):
+        message = error(tmp_path, f'{key} = "{path}"')
+        assert message.startswith(f"{tmp_path / 'c.toml'}: {key} = '{path}': ")
+        assert "is not expanded" in message or "is not the home of a user" in message
+        assert error(tmp_path, "", f"{key}={path}") == message
 
 
 # --- The loaded configuration ---
@@ -263,8 +233,6 @@ def test_paths_that_only_a_shell_could_expand_are_refused(tmp_path: Path, key: s
 
 paths = st.text(max_size=8).filter(lambda text: "$" not in text and not text.startswith("~"))
 names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,8}", fullmatch=True)
-
-
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "log_dir": paths,
     "data_dir": paths,

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,13 +65,11 @@ def test_mean_is_over_floating_point_tensors_of_all_workers(tmp_path: Path) -> N
 def test_damaged_file_is_refused_by_its_name(tmp_path: Path, file: str, damage: str) -> None:
     path = checkpoint(tmp_path, {"model": {"w": torch.randn(100)}}) / file
     content = bytearray(path.read_bytes())
-    if damage == "truncated":
-        path.write_bytes(content[:-10])
-    elif damage == "flipped":
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    else:
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
         path.unlink()
+    else:
+        path.write_bytes(content if damage == "flipped" else path.read_bytes()[:-10])
     with pytest.raises(DamagedCheckpoint, match=f"{path}: "):
         read_worker(read_index(path.parent), 0)
 
@@ -85,9 +84,7 @@ class Evil:
 
 def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, {"parts": Evil(tmp_path / "was here")})
-    with pytest.raises(
-        DamagedCheckpoint, match="holds more than tensors and numbers, which could run code: not loaded"
-    ):
+    with pytest.raises(DamagedCheckpoint, match="which could run code: not loaded"):
         read_worker(read_index(path), 0)
     assert not (tmp_path / "was here").exists()
 
@@ -104,23 +101,16 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
         write_worker(tmp_path, 0, {"model": {"w": torch.tensor([1, float("inf")])}})
 
 
-def test_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rest", [b" it", None])  # None fails the write
+def test_file_takes_its_name_only_when_it_is_whole(tmp_path: Path, rest: bytes | None) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"before")
-    with whole_file(path) as file:
+    with suppress(TypeError), whole_file(path) as file:
         file.write(b"after")
         file.flush()
         assert path.read_bytes() == b"before"
-    assert path.read_bytes() == b"after"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_failed_write_leaves_the_file_before(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-    with pytest.raises(TypeError), whole_file(path) as file:
-        file.writelines([b"half", None])  # type: ignore[list-item]
-    assert path.read_bytes() == b"before"
+        file.write(rest)  # type: ignore[arg-type]
+    assert path.read_bytes() == (b"after it" if rest else b"before")
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.dist
 
 N_STEPS, N_MICRO_BATCHES, CLIP, EVALUATE_AT = 14, 2, 0.5, 5
 Shape = tuple[int, int]  # n workers, workers per node
-WORLDS: list[Shape] = [(1, 1), (2, 2), (2, 1), (3, 3), (4, 4), (4, 2), (6, 2), (6, 1), (8, 4), (8, 2)]
+WORLDS: list[Shape] = [(1, 1), (2, 2), (2, 1), (3, 3), (4, 4), (4, 2), (6, 2), (6, 1), (8, 2)]
 Check = tuple[Callable[..., Any], *tuple[Any, ...]]  # a function that every worker calls, and its arguments
 
 
@@ -100,17 +100,11 @@ def train(case: Case, evaluate_at: int | None, compile_wrapper: bool = False) ->
 
 def cases_of(world: Shape) -> list[Case]:
     n, local = world
-    topologies = ["complete", "exp", "ring"]
-    if n // local % 2 == 0:
-        topologies.append("alternating-exp-ring")
-    options = [(None, 3)]
-    if local <= 2:  # a node's mean of more has other roundings than the simulation's, and Q makes them large
-        options += [(torch.bfloat16, 1), (torch.bfloat16, 3)]
-    return [
-        *(Case(topology) for topology in topologies),
-        Case("exp", "adamw"),
-        *(Case(topologies[-1], "accumadamw", *option) for option in options),
-    ]
+    last = "alternating-exp-ring" if n // local % 2 == 0 else "ring"
+    # With more workers a node's mean has other roundings than the simulation's, and bfloat16 makes them large.
+    rounded = [Case(last, comm_dtype=torch.bfloat16, gossip_every=k) for k in (1, 3)] if local <= 2 else []
+    plain = [Case(topology) for topology in dict.fromkeys(("complete", "exp", "ring", last))]
+    return [*plain, Case("exp", "adamw"), Case(last, gossip_every=3), *rounded]
 
 
 def run_checks(checks: list[Check]) -> list[Any]:
@@ -154,17 +148,17 @@ def test_processes_reach_the_parameters_of_the_dense_simulation(world: Shape, ca
         assert not any(map(torch.equal, seen["final"], seen["initial"]))
 
 
-@pytest.mark.parametrize("step", [0, EVALUATE_AT])
 @pytest.mark.parametrize(("world", "case"), ALL)
-def test_averaged_holds_the_mean_in_the_same_bits_on_each(world: Shape, case: Case, step: int) -> None:
-    xs = stack_parameters(dense(world, case, step))  # each (n, *shape)
-    distance = math.sqrt(sum(((x - x.mean(0)) ** 2).sum().item() for x in xs) / world[0])
+def test_averaged_holds_the_mean_in_the_same_bits_on_each(world: Shape, case: Case) -> None:
     ranks = launch(world)[train, case, EVALUATE_AT]
-    for seen in ranks:
-        assert all(map(torch.equal, seen["mean", step], ranks[0]["mean", step]))
-        for found, x in zip(seen["mean", step], xs, strict=True):
-            torch.testing.assert_close(found.double(), x.mean(0), atol=1e-6, rtol=0)
-        assert seen["consensus_distance", step] == pytest.approx(distance, abs=1e-5)
+    for step in (0, EVALUATE_AT):
+        xs = stack_parameters(dense(world, case, step))  # each (n, *shape)
+        distance = math.sqrt(sum(((x - x.mean(0)) ** 2).sum().item() for x in xs) / world[0])
+        for seen in ranks:
+            assert all(map(torch.equal, seen["mean", step], ranks[0]["mean", step]))
+            for found, x in zip(seen["mean", step], xs, strict=True):
+                torch.testing.assert_close(found.double(), x.mean(0), atol=1e-6, rtol=0)
+            assert seen["consensus_distance", step] == pytest.approx(distance, abs=1e-5)
 
 
 def test_workers_start_with_rank_0s_parameters() -> None:
@@ -190,7 +184,7 @@ def default_topology_name() -> str:
     return DecentDP(Net(0)).topology.name
 
 
-@pytest.mark.parametrize(("world", "name"), [((1, 1), "exp"), ((4, 2), "alternating-exp-ring"), ((3, 3), "exp")])
+@pytest.mark.parametrize(("world", "name"), [((4, 2), "alternating-exp-ring"), ((3, 3), "exp")])
 def test_topology_defaults_to_one_that_fits_the_nodes(world: Shape, name: str) -> None:
     assert set(launch(world)[default_topology_name,]) == {name}
 
@@ -208,9 +202,7 @@ def exchange_rounded(topology: str) -> tuple[Tensor, Tensor, float]:
     return before, module.weight.detach().clone(), model.consensus_distance() / distance
 
 
-@pytest.mark.parametrize(
-    ("topology", "world"), [("exp", (4, 4)), ("exp", (3, 3)), ("ring", (3, 3)), ("alternating-exp-ring", (4, 2))]
-)
+@pytest.mark.parametrize(("topology", "world"), [("exp", (3, 3)), ("ring", (3, 3)), ("alternating-exp-ring", (4, 2))])
 def test_rounded_exchanges_keep_the_mean_and_reach_consensus(topology: str, world: Shape) -> None:
     befores, afters, distances = zip(*launch(world)[exchange_rounded, topology], strict=True)
     before, after = (torch.stack(xs).double().mean(0) for xs in (befores, afters))
@@ -219,26 +211,26 @@ def test_rounded_exchanges_keep_the_mean_and_reach_consensus(topology: str, worl
     assert max(distances) < 0.01
 
 
-def batch_norm_statistics() -> dict[str, Tensor]:
+def batch_norm_statistics() -> list[Tensor]:
     rank = World.from_env().rank
     module = nn.BatchNorm1d(2)
-    module.running_mean.fill_(rank)  # type: ignore[union-attr]
+    mean: Any = module.running_mean
+    mean.fill_(rank)
     model = DecentDP(module, "exp")
-    seen = {"start": module.running_mean.clone()}  # type: ignore[union-attr]
+    seen = [mean.clone()]
     model(torch.full((4, 2), float(rank)))
-    seen["own"] = module.running_mean.clone()  # type: ignore[union-attr]
+    seen.append(mean.clone())
     with model.averaged():
-        seen["mean"] = module.running_mean.clone()  # type: ignore[union-attr]
-    seen["after"] = module.running_mean.clone()  # type: ignore[union-attr]
-    return seen
+        seen.append(mean.clone())
+    return [*seen, mean.clone()]
 
 
 def test_statistics_are_averaged_for_evaluation_and_restored() -> None:
-    for rank, seen in enumerate(launch((2, 2))[batch_norm_statistics,]):
-        assert torch.equal(seen["start"], torch.zeros(2))
-        torch.testing.assert_close(seen["own"], torch.full((2,), 0.1 * rank))
-        torch.testing.assert_close(seen["mean"], torch.full((2,), 0.05))
-        assert torch.equal(seen["after"], seen["own"])
+    for rank, (start, own, averaged, after) in enumerate(launch((2, 2))[batch_norm_statistics,]):
+        assert torch.equal(start, torch.zeros(2))
+        torch.testing.assert_close(own, torch.full((2,), 0.1 * rank))
+        torch.testing.assert_close(averaged, torch.full((2,), 0.05))
+        assert torch.equal(after, own)
 
 
 def mixed_dtypes() -> list[Tensor]:
@@ -260,7 +252,7 @@ def test_parameters_of_two_dtypes_keep_them_and_mix() -> None:
 def misuse(kind: str) -> str:
     module = Net(0)
     model = DecentDP(module, "exp")
-    try:
+    with pytest.raises((RuntimeError, ValueError)) as caught:  # noqa: PT012
         if kind == "complete":
             DecentDP(module, "complete", comm_dtype=torch.bfloat16)
         elif kind == "never":
@@ -271,9 +263,7 @@ def misuse(kind: str) -> str:
         else:
             with model.averaged():
                 model.mix()
-    except (RuntimeError, ValueError) as error:
-        return str(error)
-    return "nothing was noticed"
+    return str(caught.value)
 
 
 MISUSE = {
@@ -296,7 +286,7 @@ def replace_parameters(then: str) -> str:
     model.mix()
     model.exchange()
     module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()}, assign=True)
-    try:
+    with pytest.raises(RuntimeError) as caught:  # noqa: PT012
         if then == "resume_exchange":
             model.resume_exchange(model.in_flight())
         elif then == "averaged":
@@ -305,9 +295,7 @@ def replace_parameters(then: str) -> str:
         for _ in range(100):
             model.mix()
             model.exchange()
-    except RuntimeError as error:
-        return f"step {model.step}: {error}"
-    return "nothing was noticed"
+    return f"step {model.step}: {caught.value}"
 
 
 @pytest.mark.parametrize(("then", "step"), [("resume_exchange", 1), ("averaged", 1), ("train", 100)])
@@ -318,15 +306,14 @@ def test_replaced_parameters_are_refused(then: str, step: int) -> None:
 
 def exchange_before_rank_1(topology: str) -> bool:
     """Rank 1 starts its own exchange only when rank 0's call has returned."""
-    rank = dist.get_rank()
     store = dist.PrefixStore(topology, dist.distributed_c10d._get_default_store())
     model = DecentDP(Net(0), topology)
     for step in range(4):
         model.mix()
-        if rank == 1:
+        if dist.get_rank() == 1:
             store.wait([f"rank 0 computes step {step}"], timedelta(seconds=20))
         model.exchange()
-        if rank == 0:
+        if dist.get_rank() == 0:
             store.set(f"rank 0 computes step {step}", "")
     return True
 
@@ -338,13 +325,11 @@ def test_an_exchange_does_not_wait_for_the_neighbour(topology: str) -> None:
 
 MORE_CHECKS: dict[Shape, list[Check]] = {
     (1, 1): [
-        (default_topology_name,),
         *((misuse, kind) for kind in MISUSE),
         *((replace_parameters, then) for then in ("resume_exchange", "averaged", "train")),
     ],
     (2, 2): [(train, Case("exp"), None, True), (batch_norm_statistics,), (mixed_dtypes,)],
     (3, 3): [(default_topology_name,), (exchange_rounded, "exp"), (exchange_rounded, "ring")],
-    (4, 4): [(exchange_rounded, "exp")],
     (4, 2): [
         (default_topology_name,),
         (train, Case("alternating-exp-ring", "accumadamw", torch.bfloat16), None),
@@ -393,7 +378,6 @@ def lose_rank_1_in_step_3(how: str) -> str:
     store = dist.distributed_c10d._get_default_store()
     module = Net(0)
     model = DecentDP(module, "ring", timeout_s=2)
-    optimizer = make_optimizer("adamw", module)
     try:
         for step in range(8):
             if rank == 1 and step == 3:
@@ -401,9 +385,7 @@ def lose_rank_1_in_step_3(how: str) -> str:
                     os.kill(os.getpid(), signal.SIGKILL)
                 store.wait(["rank 0 has noticed"], timedelta(seconds=60))
                 return "hung"
-            backward(model, rank, step)
             model.mix()
-            optimizer.step()
             model.exchange()
             if how == "hangs before an evaluation" and step == 3:
                 model.consensus_distance()
@@ -448,14 +430,11 @@ def share_with_a_mistake_of(rank: int) -> str:
     def fail() -> str:
         raise ValueError("no such thing")
 
-    try:
-        with world.raise_on_all_ranks():
-            if world.rank == rank != 0:
-                fail()
-            world.once_per_node(fail if world.rank == rank else None)
-    except ValueError as error:
-        return str(error)
-    return "nothing was raised"
+    with pytest.raises(ValueError) as caught, world.raise_on_all_ranks():  # noqa: PT011, PT012
+        if world.rank == rank != 0:
+            fail()
+        world.once_per_node(fail if world.rank == rank else None)
+    return str(caught.value)
 
 
 def test_one_workers_mistake_ends_all_with_its_message() -> None:
@@ -465,16 +444,11 @@ def test_one_workers_mistake_ends_all_with_its_message() -> None:
             assert message.endswith(": no such thing")
 
 
-def share_what_takes_longer_than_the_timeout(store: str) -> str:
+def share_what_takes_longer_than_the_timeout(path: str) -> str:
     world = World.from_env()
     dist.destroy_process_group()
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, world.world_size),
-        rank=world.rank,
-        world_size=world.world_size,
-        timeout=timedelta(seconds=2),
-    )
+    store, timeout = dist.FileStore(path, world.world_size), timedelta(seconds=2)
+    dist.init_process_group("gloo", timeout=timeout, world_size=world.world_size, rank=world.rank, store=store)
     return world.once_per_node((lambda: time.sleep(2.5) or f"of {world.rank}") if world.local_rank == 0 else None)
 
 
