@@ -411,6 +411,10 @@ def test_invalid_input_is_refused(launcher: Launcher, override: str, parts: list
     assert_refused(launcher.run(override), *parts)
 
 
+def test_missing_configuration_is_refused(launcher: Launcher, tmp_path: Path) -> None:
+    assert_refused(launcher.run(config=tmp_path / "absent.toml"), "absent.toml: no such configuration file")
+
+
 def test_key_that_wandb_rejects_is_refused(launcher: Launcher) -> None:
     run = launcher.run("log.wandb_log=true", env={"WANDB_API_KEY": "short"})
     assert_refused(run, "log.wandb_log", "WANDB_MODE=offline")

@@ -16,6 +16,7 @@ import matplotlib.image
 import pytest
 
 from config import TopologyName
+from decent import World
 from scripts import netlab
 from scripts.lab import methods, network, results, worker
 
@@ -242,6 +243,13 @@ def launch_without_arms(_lab: network.Lab, _procs: int, command: list[str], **_:
     skipped = [{"name": "complete_bf16", "skipped": "cannot send"}]
     Path(command[-1]).write_text(json.dumps({"parameters": 1, "arms": [], "skipped": skipped}))
     return nullcontext(SimpleNamespace(wait=lambda _: 0))
+
+
+def test_missing_decent_dp_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "decent_dp", None)
+    settings = {"n_embd": 8, "n_layers": 1, "compute_ms": 1}
+    with pytest.raises(ValueError, match="decent-dp is not installed: pip install"):
+        worker.build(methods.parse_method("decent-dp_exp"), settings, [], World.from_env())
 
 
 @needs_lab
