@@ -53,7 +53,7 @@ def many_files(folder: Path, rows: list[str], n: int = 7) -> Path:
 
 
 def nanogpt(rows: list[str], fraction: float = 0.0005) -> dict[str, bytes]:
-    """What nanoGPT's data/openwebtext/prepare.py stores, as a plain loop over datasets' own split."""
+    """Return what nanoGPT's data/openwebtext/prepare.py stores, by a plain loop over datasets' own split."""
     encoding = gpt2_encoding()
     splits = datasets.Dataset.from_dict({"text": rows}).train_test_split(test_size=fraction, seed=2357, shuffle=True)
 

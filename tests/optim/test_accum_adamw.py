@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is dep
 
 @pytest.fixture(params=[True, False], ids=["compiled", "eager"])
 def compile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether to compile; small tensors too are compiled, and cut into pieces."""
+    """Choice of the kernel; small tensors too are compiled, and cut into pieces."""
     monkeypatch.setattr(accum_adamw, "COMPILE_MIN_NUMEL", 1)
     monkeypatch.setattr(accum_adamw, "PIECE_NUMEL", 3)
     return request.param
