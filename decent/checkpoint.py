@@ -109,10 +109,11 @@ class Checkpoints:
         """Load the newest undamaged checkpoint and return its number of optimizer steps; 0 means there is none.
 
         Raises:
-            SetupError: all checkpoints are damaged.
+            SetupError: all checkpoints are damaged, or find_start raised on one rank or more.
         """
-        # Rank 0's answer: other nodes may see an older state of a shared file system.
-        candidates = self._world.all_gather(find_start(self._folder, self._cfg))[0]
+        with self._world.raise_on_all_ranks():
+            # Rank 0's answer: other nodes may see an older state of a shared file system.
+            candidates = self._world.all_gather(find_start(self._folder, self._cfg))[0]
         if not candidates:
             return 0
         saved, state = self._read_newest(candidates)
